@@ -1,0 +1,803 @@
+"""What the scripts share: flags, rows, prompts, models, run directories, the built-in demo and the math grader.
+
+Nothing here knows any algorithm: advantages, losses and their equations stand in the scripts.
+Letters used throughout: N rows (problems x samples), P prompt, C completion, T = P + C, V vocabulary, M completion tokens.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, NoReturn, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria)
+from transformers.utils import logging as hf_logging
+
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+
+
+# ---------------------------------------------------------------- refusals and text on the screen
+
+def refuse(message: str) -> NoReturn:
+    """Every input that is not accepted ends here: one line on stderr, exit code 2, no traceback."""
+    print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def printable(text: str) -> str:
+    """Model and data text made safe for a terminal: control, bidi and other invisible characters are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+# ---------------------------------------------------------------- flags
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        refuse(f"{message} (--help lists the flags)")
+
+
+def parse_args(args_class: type, recipe: Callable[[Any], dict] = lambda args: {}) -> Any:
+    """The command line (or a leading .json/.yaml file of flags, which the line's own flags override) as `args_class`.
+
+    `recipe(args)` may replace defaults of flags that the user did not set: the demo brings its own.
+    """
+    argv = sys.argv[1:]
+    parser = _Parser(args_class, description=sys.modules[args_class.__module__].__doc__, allow_abbrev=False)
+    fields = {f.name: f for f in dataclasses.fields(args_class)}
+    chosen = {}
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        chosen = _read_flag_file(argv.pop(0), fields)
+
+    def parse(defaults: dict) -> Any:
+        parser.set_defaults(**defaults)
+        namespace, unknown = parser.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0].replace("-", "_"), fields, n=1)
+            refuse(f"unknown flag {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags"))
+        return args_class(**vars(namespace))
+
+    args = parse(chosen)
+    own = recipe(args)
+    return parse({**own, **chosen}) if own else args
+
+
+def _read_flag_file(path: str, fields: dict) -> dict:
+    try:
+        text = Path(path).read_text()
+        if path.endswith(".json"):
+            chosen = json.loads(text)
+        else:
+            import yaml
+            chosen = yaml.safe_load(text)
+    except Exception as error:  # yaml and json have exceptions of their own
+        refuse(f"{path}: cannot read flags from it ({error})")
+    if not isinstance(chosen, dict):
+        refuse(f"{path}: must hold one mapping of flag names to values")
+    for name, value in chosen.items():
+        if name not in fields:
+            refuse(f"{path}: unknown flag {name!r}; --help lists the flags")
+        kinds = {"int": int, "float": (int, float, str), "str": str, "bool": bool}  # str: YAML reads 1e-6 as one
+        if value is not None and (isinstance(value, bool) != (fields[name].type == "bool")
+                                  or not isinstance(value, kinds.get(fields[name].type, object))):
+            refuse(f"{path}: {name} must be of type {fields[name].type}, not {value!r}")
+    return chosen
+
+
+def check_flags(args: Any, at_least: dict[str, float]) -> None:
+    """Refuse a flag below its least value, and a flag that is not a number where one is needed."""
+    for name, least in at_least.items():
+        if not getattr(args, name) >= least:
+            refuse(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+
+
+# ---------------------------------------------------------------- rows
+
+DEFAULT_DATASET = "Elliott/Openr1-Math-46k-8192"
+HUB_SPLITS = {DEFAULT_DATASET: (None, "train")}  # hub id -> (config, split); every other id: its default config, split "train"
+
+
+def load_rows(source: str) -> list[dict]:
+    """Rows {"problem", "answer", "solution"?, "strategy"?, "id"} from a .jsonl or .parquet file or a hub data set.
+
+    Layouts: ours, LUFFY, DAPO, OpenR1/NuminaMath, MATH, GSM8K, OlympiadBench (see `to_row`). A bad row ends the program
+    with the file and line named.
+    """
+    rows = []
+    for place, raw in _raw_rows(source):
+        try:
+            row = to_row(raw)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            refuse(f"{place}: {error.args[0] if isinstance(error, ValueError) and error.args else 'layout not recognised: ' + repr(error)}")
+        row.setdefault("id", str(len(rows)))
+        rows.append(row)
+    if not rows:
+        refuse(f"{source}: no rows in it")
+    return rows
+
+
+def _raw_rows(source: str) -> Iterator[tuple[str, dict]]:
+    if source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(source):
+        if not os.path.isfile(source):
+            refuse(f"{source}: no such file")
+        if source.endswith(".parquet"):
+            import pyarrow.parquet
+            try:
+                table = pyarrow.parquet.read_table(source)
+            except Exception as error:
+                refuse(f"{source}: not a readable parquet file ({error})")
+            yield from ((f"{source}, row {i}", raw) for i, raw in enumerate(table.to_pylist(), 1))
+            return
+        try:
+            with open(source, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        try:
+                            yield f"{source}, line {number}", json.loads(line)
+                        except (json.JSONDecodeError, RecursionError) as error:
+                            refuse(f"{source}, line {number}: not JSON ({error})")
+        except (OSError, UnicodeDecodeError) as error:
+            refuse(f"{source}: cannot be read as UTF-8 JSON lines ({error})")
+        return
+    import datasets  # only here: a local file must do without it
+    config, split = HUB_SPLITS.get(source, (None, "train"))
+    try:
+        table = datasets.load_dataset(source, config, split=split)
+    except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no data
+        refuse(f"--dataset {source}: neither a local file nor loadable from the hub ({type(error).__name__}: {error})")
+    yield from ((f"{source}, row {i}", raw) for i, raw in enumerate(table, 1))
+
+
+_DAPO_WRAPPER = re.compile(r"^Solve the following math problem step by step\. The last line.*?\n\n(.*?)\n\nRemember to put your answer"
+                           r".*$", re.DOTALL)
+
+
+def to_row(raw: dict) -> dict:
+    """One row of any known layout in ours. Raises ValueError saying what is missing."""
+    if not isinstance(raw, dict):
+        raise ValueError("a row must be a JSON object")
+    problem, answer, solution = raw.get("problem", raw.get("question")), raw.get("answer"), raw.get("solution")
+    if isinstance(raw.get("prompt"), list):  # LUFFY and DAPO: chat messages, gold in reward_model
+        problem = [m["content"] for m in raw["prompt"] if m["role"] == "user"][-1]
+        problem = _DAPO_WRAPPER.sub(r"\1", problem)
+        answer = (raw.get("reward_model") or {}).get("ground_truth")
+        if raw.get("target"):  # LUFFY: the strong model's response
+            solution = raw["target"][0]["content"]
+    elif "final_answer" in raw:  # OlympiadBench
+        problem = "\n".join(filter(None, [raw.get("context"), problem]))
+        answer, solution = raw["final_answer"], (raw.get("solution") or [None])[0]
+    elif isinstance(answer, str) and "\n#### " in answer:  # GSM8K: the answer field holds the solution
+        solution, answer = answer.rsplit("\n#### ", 1)
+    if answer is None and isinstance(solution, str):  # MATH: the gold is the solution's box
+        answer = extract_answer(solution)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    row = {"problem": problem, "answer": answer}
+    for name, value in row.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f'row has no "{name}": give it as a non-empty string')
+    for name, value in (("solution", solution), ("strategy", raw.get("strategy"))):
+        if value is not None and value != "":
+            if not isinstance(value, str):
+                raise ValueError(f'"{name}" must be a string')
+            row[name] = value
+    if raw.get("id") is not None:
+        row["id"] = str(raw["id"])
+    return row
+
+
+def usable_rows(rows: list[dict], encode: Callable[[dict], list[list[int]]], max_prompt_tokens: int, check_gold: bool) -> list[dict]:
+    """The rows that can be trained on; the others are counted on the screen with the reason.
+
+    `encode(row)` gives every prompt that the script will make of the row. With `check_gold` a gold that the grader cannot
+    parse is a data error (it could never be rewarded).
+    """
+    kept, long, bad = [], [], []
+    for row in rows:
+        if check_gold and not gold_is_gradable(row["answer"]):
+            bad.append(row)
+        elif max(map(len, encode(row))) > max_prompt_tokens:
+            long.append(row)
+        else:
+            kept.append(row)
+    for dropped, why in ((bad, "an answer that the grader cannot parse"), (long, f"a prompt over {max_prompt_tokens} tokens")):
+        if dropped:
+            print(f"dropped {len(dropped)} of {len(rows)} rows with {why}, first: id {printable(dropped[0]['id'])}")
+    if not kept:
+        refuse(f"none of the {len(rows)} rows is usable: {len(bad)} answers not parsable, {len(long)} prompts over --max_prompt_tokens {max_prompt_tokens}")
+    return kept
+
+
+def load_problems(args: Any) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and held-out rows (maybe none): from --dataset and --eval_dataset, or the demo's own."""
+    if args.model == "demo" and args.dataset is None:
+        train, held_out = demo_rows()
+    else:
+        train, held_out = load_rows(args.dataset or DEFAULT_DATASET), []
+    return train, load_rows(args.eval_dataset) if args.eval_dataset else held_out
+
+
+def batch_of_step(n_rows: int, step: int, size: int, seed: int) -> list[int]:
+    """Row indices of a step (0-based): epochs of seeded permutations laid end to end, cut into batches.
+
+    A pure function of (seed, step): the step number is the whole data cursor, so a resumed run cannot be off by one.
+    """
+    wanted = range(step * size, (step + 1) * size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n_rows) for epoch in range(wanted[0] // n_rows, wanted[-1] // n_rows + 1)}
+    return [int(orders[k // n_rows][k % n_rows]) for k in wanted]
+
+
+def seed_everything(*key: int) -> None:
+    """Seed every RNG from (seed, step): nothing of their state has to be saved for an exact resume."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- prompts
+
+SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT, strategy: str | None = None) -> list[int]:
+    """Token ids of a prompt, up to where the model's answer begins; a strategy is put before the problem.
+
+    Through the tokenizer's chat template. A tokenizer without one (a base model's) gets plain text: the system prompt, the
+    problem and "Solution:", separated by blank lines.
+    """
+    user = problem if strategy is None else f"Strategy:\n{strategy}\n\nProblem:\n{problem}"
+    if not tokenizer.chat_template:
+        return tokenizer("\n\n".join(filter(None, [system_prompt, user, "Solution:"]))).input_ids
+    messages = [{"role": "user", "content": user}]
+    if system_prompt:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # some templates (Gemma's) refuse the system role
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "\n\n".join(filter(None, [system_prompt, user]))}],
+                                             tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
+
+
+# ---------------------------------------------------------------- models
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a hub id or local directory; a pad token is chosen where there is none."""
+    path = str(demo_dir()) if name == "demo" else name
+    if name != "demo" and not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        refuse(f"--model {name}: no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not len(tokenizer):
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # which of a dozen kinds depends on the missing file
+        refuse(f"--model {name}: no tokenizer can be loaded from it ({str(error).strip().splitlines()[0]}); save one beside the weights")
+    if tokenizer.eos_token_id is None:
+        refuse(f"--model {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position, never by id
+    return tokenizer
+
+
+def load_model(name: str, activation_checkpointing: bool = False):
+    """The causal LM of a hub id or local directory, in fp32 on the picked device.
+
+    fp32 because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update away. Dropout is
+    off: the policy that is scored must be the policy that was sampled.
+    """
+    path = str(demo_dir()) if name == "demo" else name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:
+        refuse(f"--model {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})")
+    model.to(pick_device())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    if activation_checkpointing:
+        # renamed in transformers 5.23
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    model.eval()
+    _check_head(model, name)
+    return model
+
+
+def _check_head(model, name: str) -> None:
+    """We compute logits as hidden states x lm_head, in chunks: refuse a model that does something more (a soft cap, a scale)."""
+    ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        theirs = model(input_ids=ids, use_cache=False).logits
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
+        refuse(f"--model {name}: {type(model).__name__} changes its logits after lm_head, which these scripts do not support")
+
+
+def check_context(model_name: str, longest_prompt: int, max_new_tokens: int) -> None:
+    """Refuse completions that would run past the model's positions. Reads the config only."""
+    config = AutoConfig.from_pretrained(str(demo_dir()) if model_name == "demo" else model_name).get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context and longest_prompt + max_new_tokens > context:
+        refuse(f"--max_new_tokens {max_new_tokens} plus the longest prompt ({longest_prompt} tokens) exceeds the model's context of "
+               f"{context}; use at most --max_new_tokens {max(context - longest_prompt, 0)}")
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion. Qwen2.5-Instruct has two, and one of them is also its pad."""
+    ids = [tokenizer.eos_token_id]
+    for config in (model.generation_config, model.config):
+        more = getattr(config, "eos_token_id", None)
+        ids += more if isinstance(more, (list, tuple)) else [more]
+    return sorted({i for i in ids if i is not None})
+
+
+def rollout_copy(model):
+    """The model to generate with: on CUDA a bf16 copy (half the bytes to read a token, no autocast), else the model itself."""
+    if model.device.type != "cuda":
+        return model
+    fast = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="sdpa").to(model.device)
+    fast.generation_config = model.generation_config
+    return fast.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def sync_rollout_copy(fast, model) -> None:
+    """Copy the training weights into the rollout copy, rounding to its dtype."""
+    if fast is not model:
+        for to, source in zip(fast.state_dict().values(), model.state_dict().values(), strict=True):
+            to.copy_(source)
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], eos: list[int], pad: int, max_new_tokens: int, temperature: float, top_p: float,
+             watch: StoppingCriteria | None = None) -> Tensor:
+    """One `generate` call for all prompts, left-padded -> completion ids [N, C] as sampled, on the model's device.
+
+    Every sampling setting is explicit. `generate` fills what is left open from the checkpoint's own generation_config
+    (Qwen2.5-Instruct's has top_k 20 and a repetition penalty), so that is put aside for the call. eval mode: in train mode
+    with activation checkpointing `generate` drops its cache and forgets the context.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, repetition_penalty=1.0,
+                              num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True)
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    own, training = model.generation_config, model.training
+    try:
+        model.generation_config = GenerationConfig()
+        model.eval()
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                             stopping_criteria=[watch] if watch is not None else None)
+    finally:
+        model.generation_config = own
+        model.train(training)
+    return out[:, width:]
+
+
+def completion_mask(completions: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
+    """[N, C] ids -> mask [N, C], True up to and including the FIRST end token, and truncated [N], True where there is none.
+
+    By position, not by `ids != pad`: where pad is also an end token that would drop the stop token from the loss.
+    """
+    is_end = torch.isin(completions, torch.tensor(eos, device=completions.device))
+    ends_before = is_end.cumsum(1) - is_end.long()
+    return ends_before == 0, ~is_end.any(1)
+
+
+def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length and cut so that (longest in the cut) x (rows in it) <= budget tokens; a longer row stands alone."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def autocast(device: torch.device):
+    """bf16 mixed precision on CUDA, plain fp32 elsewhere."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
+    """Final hidden states [M, d] at the positions that predict each real completion token, row by row (M = mask.sum()).
+
+    Rows are laid out prompt + completion, padded on the RIGHT only: causal attention never looks there, so no attention mask is
+    needed and sdpa takes its fast path. Token t of the completion is predicted at position P + t - 1.
+    """
+    lengths = mask.sum(1).tolist()
+    rows = [p + c[:n] for p, c, n in zip(prompts, completions.tolist(), lengths, strict=True)]
+    width = max(map(len, rows)) - 1  # the last token predicts nothing
+    ids = torch.tensor([(r + [0] * width)[:width] for r in rows], device=model.device)
+    row, t = mask.nonzero(as_tuple=True)
+    starts = torch.tensor([len(p) for p in prompts], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden[row, starts[row] + t - 1]
+
+
+def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor], per_token: Sequence[Tensor] = (),
+                    temperature: float = 1.0) -> tuple[Tensor, ...]:
+    """fn(*logits, *per_token) -> tensors [m], applied to chunks of tokens so that no [M, V] tensor ever exists.
+
+    `hiddens` are [M, d] each, their fp32 logits [m, V] are divided by the sampling temperature. The logits are computed again
+    in backward, so memory is flat in M.
+    """
+    head = model.get_output_embeddings()
+
+    def chunk_of(*tensors: Tensor) -> tuple[Tensor, ...]:
+        states, rest = tensors[:len(hiddens)], tensors[len(hiddens):]
+        return fn(*[head(h).float() / temperature for h in states], *rest)
+
+    size = max(2 ** 26 // head.weight.shape[0], 1)
+    out = [checkpoint(chunk_of, *chunk, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else chunk_of(*chunk)
+           for chunk in zip(*[x.split(size) for x in (*hiddens, *per_token)], strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*out, strict=True))
+
+
+def log_prob_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[m, V], [m] -> log pi(id) [m] and the policy's entropy [m] (nats, no gradient)."""
+    log_norm = logits.logsumexp(-1)
+    with torch.no_grad():
+        entropy = log_norm - ((logits - log_norm[:, None]).exp() * logits).sum(-1)
+    return logits.gather(-1, ids[:, None])[:, 0] - log_norm, entropy
+
+
+def completion_logps(model, prompts: list[list[int]], completions: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log pi(token) and entropy [n, C] of every real completion token, 0 where the mask is False."""
+    hidden = completion_hidden(model, prompts, completions, mask)
+    flat = over_vocabulary(log_prob_and_entropy, model, [hidden], [completions[mask]], temperature)
+    return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x) for x in flat)
+
+
+# ---------------------------------------------------------------- rewards
+
+def load_reward(spec: str | None) -> Callable[[str, dict], float] | None:
+    """`--reward FILE.py:function` -> that function of (response, row); None -> None, the math grader."""
+    if spec is None:
+        return None
+    path, _, name = spec.rpartition(":")
+    if not path or not os.path.isfile(path):
+        refuse(f"--reward {spec}: write it as FILE.py:function, with a file that exists")
+    module_spec = importlib.util.spec_from_file_location("custom_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:
+        refuse(f"--reward {spec}: {type(error).__name__}: {error}")
+
+
+def score(reward: Callable[[str, dict], float] | None, texts: list[str], rows: list[dict]) -> Tensor:
+    """Rewards [N] on the CPU: the custom reward's, or the math grader's 1.0 / 0.0. At least 0.5 counts as correct."""
+    if reward is None:
+        return torch.tensor(grade_batch(texts, [row["answer"] for row in rows]))
+    values = []
+    for text, row in zip(texts, rows, strict=True):
+        try:
+            values.append(float(reward(text, row)))
+        except Exception as error:
+            refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}")
+        if not np.isfinite(values[-1]):
+            refuse(f"--reward gave {values[-1]} on row {row['id']}; it must be finite")
+    return torch.tensor(values)
+
+
+# ---------------------------------------------------------------- run directory
+
+class Run:
+    """`--out`: config.json, metrics.jsonl, samples.jsonl, checkpoints/step_N.pt, model/.
+
+    A directory that holds another configuration, or anything that is not a run, is refused. Resuming drops the rows of both
+    logs that the checkpoint has not seen, so they end up as if the run had never stopped.
+    """
+    MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints"}
+
+    def __init__(self, args: Any):
+        """Check `--out` and write nothing yet: what is refused later must leave no trace."""
+        script = Path(sys.argv[0]).stem
+        if args.out is None:
+            if args.resume:
+                refuse("--resume needs --out, the directory of the run to go on with")
+            args.out = f"runs/{script}-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self.dir, self.keep = Path(args.out), args.keep_checkpoints
+        self.config = {"script": script, "flags": dataclasses.asdict(args), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **versions()}
+        try:
+            self._check(args)
+        except OSError as error:
+            refuse(f"--out {self.dir}: cannot be used ({error.strerror or error})")
+
+    def _check(self, args: Any) -> None:
+        path = self.dir / "config.json"
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+                old = {"script": old["script"], **old["flags"]}
+            except (ValueError, KeyError, TypeError):
+                refuse(f"--out {self.dir}: its config.json is not one of ours; choose another directory")
+            new = {"script": self.config["script"], **self.config["flags"]}
+            differ = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted({*old, *new} - self.MAY_DIFFER) if old.get(k) != new.get(k)]
+            if differ:
+                refuse(f"--out {self.dir} holds a run with another configuration ({'; '.join(differ)}); choose another directory")
+            if not args.resume:
+                refuse(f"--out {self.dir} holds this run already; add --resume to go on with it, or choose another directory")
+        elif self.dir.exists() and any(self.dir.iterdir()):  # raises NotADirectoryError on a file
+            refuse(f"--out {self.dir} is not empty and holds no run of ours; choose another directory")
+        elif args.resume:
+            refuse(f"--resume: there is no run in --out {self.dir}")
+        nearest = next(p for p in (self.dir, *self.dir.absolute().parents) if p.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK) or not nearest.is_dir():
+            refuse(f"--out {self.dir}: no permission to write in {nearest}")
+
+    def begin(self, model, optimizer) -> int:
+        """Make the directory, or load the newest checkpoint of a resumed run -> number of finished steps."""
+        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not (self.dir / "config.json").exists():
+            write_atomic(self.dir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        step, found = 0, sorted((self.dir / "checkpoints").glob("step_*.pt"))
+        if found:
+            state = torch.load(found[-1], map_location="cpu", weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        for name in ("metrics", "samples"):  # what the checkpoint has not seen is done again
+            path = self.dir / f"{name}.jsonl"
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                        if found and line.endswith("}\n") and json.loads(line)["step"] <= step]
+                write_atomic(path, "".join(kept))
+        return step
+
+    def log(self, name: str, *rows: dict) -> None:
+        """Append rows to `name` ("metrics" or "samples")."""
+        with open(self.dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def evaluations(self) -> list[dict]:
+        """The rows of metrics.jsonl with a held-out evaluation, first to last."""
+        path = self.dir / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [row for row in rows if "eval/accuracy" in row]
+
+    def save_checkpoint(self, step: int, model, optimizer) -> None:
+        """State after `step` finished steps. RNGs and data order are functions of (seed, step): the step stands for them."""
+        folder = self.dir / "checkpoints"
+        unfinished = folder / "unfinished.tmp"
+        with open(unfinished, "wb") as file:
+            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / f"step_{step:06d}.pt")
+        for old in sorted(folder.glob("step_*.pt"))[:-self.keep]:
+            old.unlink()
+
+    def save_model(self, model, tokenizer) -> Path:
+        """model/: what `AutoModelForCausalLM.from_pretrained` loads; swapped in whole."""
+        unfinished, final = self.dir / "model.tmp", self.dir / "model"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        return final
+
+
+def write_atomic(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def versions() -> dict:
+    """Package versions, device and commit, for config.json."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")},
+            "device": device, "commit": commit.stdout.strip() or None}
+
+
+def peak_memory_gb() -> float:
+    """Peak memory since the start: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+class Watch(StoppingCriteria):
+    """Ctrl-C or SIGTERM ends the step in hand at the next token or micro-batch; a second one ends the program at once.
+
+    As a stopping criterion it also shows how many tokens a rollout has written so far.
+    """
+
+    def __init__(self, bar):
+        self.bar, self.stopped = bar, False
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._on_signal)
+
+    def _on_signal(self, kind, frame) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        self.bar.write("stopping: saving a checkpoint (once more to stop without)")
+
+    def rolling_out(self, rows: int) -> None:
+        self.rows, self.tokens = rows, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        self.tokens += self.rows
+        if self.tokens // self.rows % 16 == 0:
+            self.bar.set_postfix_str(f"{self.tokens} tokens sampled")
+        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)
+
+
+def say_table(rows: Sequence[Sequence[str]]) -> None:
+    """A small table on the screen, columns aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+# ---------------------------------------------------------------- the built-in demo
+
+DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"))  # the four binary choices of a solution
+DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "F": "1010", "G": "0000", "H": "1111"}
+DEMO_WARMUP_STEPS = 220
+# What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
+DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
+               "eval_samples": 2, "delta": 5.0, "microbatch_tokens": 8192}
+
+
+def demo_recipe(args: Any) -> dict:
+    """Defaults for the flags that `args` has, when its model is the demo's."""
+    if args.model != "demo":
+        return {}
+    return {k: v for k, v in DEMO_RECIPE.items() if hasattr(args, k)}
+
+
+def demo_solution(choices: str, value: int) -> tuple[str, int]:
+    """The chain of steps that four choices make of a number, written out, and its result."""
+    steps = []
+    for pair, choice in zip(DEMO_CHOICES, choices, strict=True):
+        op, n = pair[int(choice)][0], int(pair[int(choice)][1:])
+        result = {"+": value + n, "-": value - n, "*": value * n}[op]
+        steps.append(f"{value}{op}{n}={result}")
+        value = result
+    return ";".join(steps) + f";\\boxed{{{value}}}", value
+
+
+def demo_strategy(kind: str, choices: str) -> str:
+    """The four choices named, in the paper's three parts."""
+    return f"Type: {kind}. Strategy: chain. Steps: {', '.join(pair[int(c)] for pair, c in zip(DEMO_CHOICES, choices, strict=True))}."
+
+
+def demo_rows() -> tuple[list[dict], list[dict]]:
+    """All problems of the demo, a kind and a number each: (training, held-out). Only the kind tells the four right choices."""
+    pairs = [(kind, number) for kind in DEMO_KINDS for number in range(12, 50)]
+    rows = []
+    for i in np.random.default_rng(0).permutation(len(pairs)):
+        kind, number = pairs[i]
+        text, value = demo_solution(DEMO_KINDS[kind], number)
+        rows.append({"id": f"{kind}{number}", "problem": f"{kind} {number}", "answer": str(value), "solution": text,
+                     "strategy": demo_strategy(kind, DEMO_KINDS[kind])})
+    return rows[:-100], rows[-100:]
+
+
+def demo_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and one for each number and operation of the demo; with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=special[2:])
+    fast.add_tokens([*map(str, range(10, 120)), *(op for pair in DEMO_CHOICES for op in pair), "\\boxed{", "Strategy:\n", "\n\nProblem:\n",
+                     "Type: ", "Strategy: chain.", "Steps: "])
+    fast.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+    return fast
+
+
+def build_demo(folder: Path) -> None:
+    """Warm-start a tiny Qwen2 by SFT: it follows a strategy when given one and seldom finds the right one alone.
+
+    Half of the examples carry a strategy and follow it. The others carry none, and make each choice rightly with a
+    probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more.
+    """
+    rng = np.random.default_rng(0)
+    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(4)}
+    tokenizer = demo_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, initializer_range=0.06, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).to(pick_device())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=DEMO_WARMUP_STEPS, pct_start=0.1)
+    train, _ = demo_rows()
+    from tqdm import tqdm
+    print(f"building the demo model once, about a minute on two cores -> {folder}")
+    for _ in tqdm(range(DEMO_WARMUP_STEPS), desc="demo warm-up", disable=None):
+        prompts, completions = [], []
+        for i in rng.choice(len(train), 64):
+            row = train[i]
+            kind, number = row["problem"].split()
+            guided = rng.random() < 0.5
+            if guided:  # any strategy with any kind: it is to be followed, not looked up
+                choices = "".join(rng.choice(["0", "1"], 4))
+                strategy = demo_strategy(kind, choices)
+            else:
+                choices = "".join(c if rng.random() < lean[kind, j] else str(1 - int(c)) for j, c in enumerate(DEMO_KINDS[kind]))
+                strategy = None
+            prompts.append(build_prompt(tokenizer, row["problem"], "", strategy))
+            completions.append(tokenizer(demo_solution(choices, int(number))[0]).input_ids + [tokenizer.eos_token_id])
+        width = max(map(len, completions))
+        ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=model.device)
+        mask = torch.arange(width, device=model.device) < torch.tensor([[len(c)] for c in completions], device=model.device)
+        logps, _ = completion_logps(model, prompts, ids, mask, 1.0)
+        loss = -logps.sum() / mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def demo_dir() -> Path:
+    """Directory of the demo model, built at the first call and kept in the user's cache under a name made of its recipe."""
+    source = "".join(inspect.getsource(f) for f in (build_demo, demo_solution, demo_strategy, demo_rows, demo_tokenizer, build_prompt))
+    digest = hashlib.sha256((source + repr((DEMO_CHOICES, DEMO_KINDS, DEMO_WARMUP_STEPS))).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
+    final = cache / f"demo-{digest}"
+    if not final.exists():
+        unfinished = cache / f"unfinished-{os.getpid()}"
+        build_demo(unfinished)
+        try:
+            unfinished.rename(final)
+        except OSError:  # another process built it meanwhile
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return final
+
+
+# ---------------------------------------------------------------- the math grader
+
+def extract_answer(response):
+    i = response.rfind("\\boxed{")
+    if i < 0: return None
+    j = response.find("}", i)
+    return response[i + 7:j] if j > 0 else None
+def grade(r, g): return float(extract_answer(r) == g)
+def grade_batch(r, g): return [grade(a, b) for a, b in zip(r, g)]
+def grader_counts(): return {}
+def gold_is_gradable(g): return True
