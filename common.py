@@ -207,26 +207,28 @@ def to_row(raw: dict) -> dict:
     return row
 
 
-def usable_rows(rows: list[dict], encode: Callable[[dict], list[list[int]]], max_prompt_tokens: int, check_gold: bool) -> list[dict]:
-    """The rows that can be trained on; the others are counted on the screen with the reason.
+def usable_rows(rows: list[dict], encode: Callable[[dict], list[list[int]]], max_prompt_tokens: int, check_gold: bool) -> tuple[list[dict], int]:
+    """The rows that can be trained on and their longest prompt; the other rows are counted on the screen with the reason.
 
     `encode(row)` gives every prompt that the script will make of the row. With `check_gold` a gold that the grader cannot
     parse is a data error (it could never be rewarded).
     """
-    kept, long, bad = [], [], []
+    kept, long, bad, longest = [], [], [], 0
     for row in rows:
+        tokens = max(map(len, encode(row)))
         if check_gold and not gold_is_gradable(row["answer"]):
             bad.append(row)
-        elif max(map(len, encode(row))) > max_prompt_tokens:
+        elif tokens > max_prompt_tokens:
             long.append(row)
         else:
             kept.append(row)
+            longest = max(longest, tokens)
     for dropped, why in ((bad, "an answer that the grader cannot parse"), (long, f"a prompt over {max_prompt_tokens} tokens")):
         if dropped:
             print(f"dropped {len(dropped)} of {len(rows)} rows with {why}, first: id {printable(dropped[0]['id'])}")
     if not kept:
         refuse(f"none of the {len(rows)} rows is usable: {len(bad)} answers not parsable, {len(long)} prompts over --max_prompt_tokens {max_prompt_tokens}")
-    return kept
+    return kept, longest
 
 
 def load_problems(args: Any) -> tuple[list[dict], list[dict]]:
@@ -446,6 +448,9 @@ def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask
     return hidden[row, starts[row] + t - 1]
 
 
+VOCABULARY_CHUNK = 2 ** 26  # logits a chunk: 256 MiB in fp32
+
+
 def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor], per_token: Sequence[Tensor] = (),
                     temperature: float = 1.0) -> tuple[Tensor, ...]:
     """fn(*logits, *per_token) -> tensors [m], applied to chunks of tokens so that no [M, V] tensor ever exists.
@@ -459,7 +464,7 @@ def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Seque
         states, rest = tensors[:len(hiddens)], tensors[len(hiddens):]
         return fn(*[head(h).float() / temperature for h in states], *rest)
 
-    size = max(2 ** 26 // head.weight.shape[0], 1)
+    size = max(VOCABULARY_CHUNK // head.weight.shape[0], 1)
     out = [checkpoint(chunk_of, *chunk, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else chunk_of(*chunk)
            for chunk in zip(*[x.split(size) for x in (*hiddens, *per_token)], strict=True)]
     return tuple(torch.cat(parts) for parts in zip(*out, strict=True))
@@ -646,7 +651,7 @@ class Watch(StoppingCriteria):
 
     def _on_signal(self, kind, frame) -> None:
         if self.stopped:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         self.stopped = True
         self.bar.write("stopping: saving a checkpoint (once more to stop without)")
 
@@ -669,8 +674,8 @@ def say_table(rows: Sequence[Sequence[str]]) -> None:
 
 # ---------------------------------------------------------------- the built-in demo
 
-DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"))  # the four binary choices of a solution
-DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "F": "1010", "G": "0000", "H": "1111"}
+DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"), ("-4", "+6"), ("+7", "-8"))  # the binary choices of a solution
+DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "010101", "F": "101010", "G": "000111", "H": "111000"}
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
@@ -685,7 +690,7 @@ def demo_recipe(args: Any) -> dict:
 
 
 def demo_solution(choices: str, value: int) -> tuple[str, int]:
-    """The chain of steps that four choices make of a number, written out, and its result."""
+    """The chain of steps that its choices make of a number, written out, and its result."""
     steps = []
     for pair, choice in zip(DEMO_CHOICES, choices, strict=True):
         op, n = pair[int(choice)][0], int(pair[int(choice)][1:])
@@ -696,13 +701,13 @@ def demo_solution(choices: str, value: int) -> tuple[str, int]:
 
 
 def demo_strategy(kind: str, choices: str) -> str:
-    """The four choices named, in the paper's three parts."""
+    """The its choices named, in the paper's three parts."""
     return f"Type: {kind}. Strategy: chain. Steps: {', '.join(pair[int(c)] for pair, c in zip(DEMO_CHOICES, choices, strict=True))}."
 
 
 def demo_rows() -> tuple[list[dict], list[dict]]:
-    """All problems of the demo, a kind and a number each: (training, held-out). Only the kind tells the four right choices."""
-    pairs = [(kind, number) for kind in DEMO_KINDS for number in range(12, 50)]
+    """All problems of the demo, a kind and a number each: (training, held-out). Only the kind tells the right choices."""
+    pairs = [(kind, number) for kind in DEMO_KINDS for number in range(20, 58)]
     rows = []
     for i in np.random.default_rng(0).permutation(len(pairs)):
         kind, number = pairs[i]
@@ -721,7 +726,7 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", additional_special_tokens=special[2:])
-    fast.add_tokens([*map(str, range(10, 120)), *(op for pair in DEMO_CHOICES for op in pair), "\\boxed{", "Strategy:\n", "\n\nProblem:\n",
+    fast.add_tokens([*map(str, range(10, 150)), *(op for pair in DEMO_CHOICES for op in pair), "\\boxed{", "Strategy:\n", "\n\nProblem:\n",
                      "Type: ", "Strategy: chain.", "Steps: "])
     fast.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
     return fast
@@ -734,7 +739,7 @@ def build_demo(folder: Path) -> None:
     probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more.
     """
     rng = np.random.default_rng(0)
-    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(4)}
+    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
     tokenizer = demo_tokenizer()
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
@@ -753,7 +758,7 @@ def build_demo(folder: Path) -> None:
             kind, number = row["problem"].split()
             guided = rng.random() < 0.5
             if guided:  # any strategy with any kind: it is to be followed, not looked up
-                choices = "".join(rng.choice(["0", "1"], 4))
+                choices = "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
                 strategy = demo_strategy(kind, choices)
             else:
                 choices = "".join(c if rng.random() < lean[kind, j] else str(1 - int(c)) for j, c in enumerate(DEMO_KINDS[kind]))

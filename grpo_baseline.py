@@ -244,20 +244,22 @@ def main() -> None:
         return [build_prompt(tokenizer, row["problem"], args.system_prompt)]
 
     rows, eval_rows = load_problems(args)
-    rows = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
-    check_context(args.model, max(len(p) for row in rows for p in encode(row)), args.max_new_tokens)
+    rows, longest = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
+    if eval_rows:
+        eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
+    check_context(args.model, longest, args.max_new_tokens)
     model = load_model(args.model, args.activation_checkpointing)
     eos = stop_ids(model, tokenizer)
     fast = rollout_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
     print(f"{len(rows)} problems, {args.prompts_per_step} a step x {args.group_size} samples, {args.steps} steps -> {run.dir}")
-    if eval_rows and finished == 0:
+    bar = tqdm(total=args.steps, initial=finished, desc="grpo", unit="step", disable=None)
+    watch = Watch(bar)
+    if eval_rows and not run.evaluations():
         sync_rollout_copy(fast, model)
         run.log("metrics", {"step": 0, **evaluate(fast, tokenizer, eval_rows, eos, reward, args)})
 
-    bar = tqdm(total=args.steps, initial=finished, desc="grpo", unit="step", disable=None)
-    watch = Watch(bar)
     while finished < args.steps and not watch.stopped:
         # ---- sample problems
         step, began = finished + 1, time.perf_counter()
@@ -296,8 +298,7 @@ def main() -> None:
                    "lr": lr, "time/rollout_s": sampled - began, "time/grade_s": graded - sampled, "time/train_s": now - graded,
                    "tokens_per_s": lengths.sum().item() / (now - began), "peak_memory_gb": peak_memory_gb(),
                    **{f"grader/{outcome}": count for outcome, count in grader_counts().items()}}
-        last = step == args.steps or watch.stopped
-        if eval_rows and (last or args.eval_every and step % args.eval_every == 0):
+        if eval_rows and (step == args.steps or args.eval_every and step % args.eval_every == 0):
             sync_rollout_copy(fast, model)
             metrics |= evaluate(fast, tokenizer, eval_rows, eos, reward, args)
         run.log("samples", *[{"step": step, "id": row["id"], "reward": r, "completion": text}

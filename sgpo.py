@@ -163,19 +163,19 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int) -> Tensor:
     return torch.ones_like(lengths) / (len(mask) * max_new_tokens)
 
 
-def forward_kl(guided_logits: Tensor, logits: Tensor) -> tuple[Tensor]:
+def forward_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
     """Eq. 3: d = KL( stopgrad pi(. | q, s, o_<t) || pi(. | q, o_<t) ) over the whole vocabulary. [m, V] twice -> [m], nats.
 
     The stop-gradient is on the logits: both sides share their weights, lm_head included.
     """
     guided, plain = guided_logits.detach().log_softmax(-1), logits.log_softmax(-1)
-    return (guided.exp() * (guided - plain)).sum(-1),
+    return (guided.exp() * (guided - plain)).sum(-1)
 
 
-def reverse_kl(guided_logits: Tensor, logits: Tensor) -> tuple[Tensor]:
+def reverse_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
     """Ablation of Eq. 3: KL( pi(. | q, o_<t) || stopgrad pi(. | q, s, o_<t) )."""
     guided, plain = guided_logits.detach().log_softmax(-1), logits.log_softmax(-1)
-    return (plain.exp() * (plain - guided)).sum(-1),
+    return (plain.exp() * (plain - guided)).sum(-1)
 
 
 def clip_kl(d: Tensor, delta: float) -> Tensor:
@@ -196,19 +196,44 @@ def adaptive_weight(p_guided: Tensor, p_auto: Tensor, alpha0: float, gamma: floa
     return (alpha0 * (p_guided - p_auto + gamma) / (p_auto + gamma)).clamp(0, alpha_max)
 
 
-def group_advantage_weight(rewards: Tensor, target_reward: float, alpha_max: float, eps: float = 1e-6) -> Tensor:
-    """Ablation of Eq. 6: clip(advantage of o+ in the group [autonomous samples, o+], 0, alpha_max). [B, G1] -> [B]"""
-    with_target = torch.cat([rewards, torch.full_like(rewards[:, :1], target_reward)], 1)
-    return group_advantages(with_target, "group", eps)[:, -1].clamp(0, alpha_max)
+def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
+    """Ablation of Eq. 6: clip(advantage of o+ in the group of the autonomous samples and o+ (reward 1), 0, alpha_max). [B, G1] -> [B]"""
+    return group_advantages(torch.cat([rewards, torch.ones_like(rewards[:, :1])], 1))[:, -1].clamp(0, alpha_max)
 
 
-# ---------------------------------------------------------------- update
+# ---------------------------------------------------------------- guidance
 
 @dataclass
 class Guidance:
-    prompts: list[list[int]]  # N prompts as sampled from: with the strategy for guided rows
+    prompts: list[list[int]]  # N prompts as they were sampled from: guided rows' hold the strategy
     correct: list[list[int]]  # B lists of rows: a problem's correct guided samples, C
-    alpha: Tensor             # [B] Eq. 6, 0 where C is empty
+    alpha: Tensor             # [B] alpha(q), 0 where C is empty
+
+
+def guide(prompts: list[list[int]], rewards: Tensor, problems: list[dict], args: Args) -> tuple[Guidance, dict]:
+    """Candidates and weight of every problem, from the rewards [N] of both groups: B x G1 autonomous rows, then the guided ones."""
+    B, correct = len(problems), [[] for _ in problems]
+    groups, guided = rewards[:B * args.group_size].view(B, -1), rewards[B * args.group_size:].view(-1, args.guided_group_size)
+    helped = [q for q, row in enumerate(problems) if "strategy" in row][:len(guided)]
+    p_auto, p_guided = (groups >= 0.5).float().mean(1), torch.zeros(B)
+    for k, q in enumerate(helped):
+        first = B * args.group_size + k * args.guided_group_size
+        correct[q] = [first + j for j in range(args.guided_group_size) if guided[k, j] >= 0.5]
+        p_guided[q] = len(correct[q]) / args.guided_group_size
+    if args.weight == "adaptive":
+        alpha = adaptive_weight(p_guided, p_auto, args.alpha0, args.gamma, args.alpha_max)
+    elif args.weight == "group_advantage":
+        alpha = group_advantage_weight(groups, args.alpha_max)
+    else:
+        alpha = torch.full((B,), args.fixed_alpha)
+    alpha = torch.where(torch.tensor([bool(C) for C in correct]), alpha, 0.0)
+    metrics = {} if not helped else {
+        "sgpo/alpha": alpha[helped].mean().item(), "sgpo/p_auto": p_auto[helped].mean().item(), "sgpo/p_guided": p_guided[helped].mean().item(),
+        "sgpo/no_target_frac": sum(not correct[q] for q in helped) / len(helped)}
+    return Guidance(prompts, correct, alpha), metrics
+
+
+# ---------------------------------------------------------------- update
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance, args: Args, watch: Watch) -> dict | None:
@@ -229,6 +254,20 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
         with autocast(device):
             logps, entropy = completion_logps(model, [ro.prompts[i] for i in batch], ro.completions[batch, :width], mask, args.temperature)
         return logps, entropy, mask
+
+    def distances_of(batch: list[int]) -> tuple[Tensor, Tensor]:
+        """d_t [n, C] of Eq. 3, or -log pi for the SFT ablation: guided and unguided prompts differ in length, o+ aligns them."""
+        width = max(lengths[i] for i in batch)
+        mask, completions = ro.mask[batch, :width], ro.completions[batch, :width]
+        if args.distill == "sft":
+            return -logps_of(batch)[0], mask
+        kl = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[args.distill]
+        with autocast(device):
+            with torch.no_grad():
+                guided = completion_hidden(model, [guidance.prompts[i] for i in batch], completions, mask)
+            plain = completion_hidden(model, [ro.prompts[i] for i in batch], completions, mask)
+            d, = over_vocabulary(lambda *logits: (kl(*logits),), model, [guided, plain], temperature=args.temperature)
+        return torch.zeros(mask.shape, device=device).masked_scatter(mask, d), mask
 
     def cut(rows: list[int]) -> list[list[int]]:
         sizes = [len(ro.prompts[i]) + lengths[i] for i in rows]
@@ -263,25 +302,27 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
                 optimizer.zero_grad()
                 return None
 
-        # Eq. 7: + alpha(q) L_KD(q), averaged over the problems
-        share_problems = (share[:, 0] // args.group_size).tolist()
-        targets = {}  # row -> weight of each of its tokens
-        for q in share_problems:
-            if guidance.alpha[q] > 0:
-                chosen = guidance.correct[q]
-                if args.target == "reachable" and len(chosen) > 1:
-                    chosen = [chosen[reachable_target(torch.cat(sum_logps(chosen)))]]
-                for i in chosen:
-                    targets[i] = guidance.alpha[q].item() / (len(share_problems) * len(chosen) * lengths[i])
-        for batch in cut(list(targets)):
-            d, mask = distances(batch)
-            clipped_d = d if args.distill == "sft" else clip_kl(d, args.delta)
-            weights = torch.tensor([targets[i] for i in batch], device=device)
-            loss = (clipped_d * weights[:, None]).sum()
+        # Eq. 7: + alpha(q) L_KD(q), averaged over the problems of the update
+        problems = (share[:, 0] // args.group_size).tolist()
+        taught = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
+        if args.target == "reachable":
+            sums = {}
+            with torch.no_grad():
+                for batch in cut([i for C in taught.values() if len(C) > 1 for i in C]):
+                    sums |= zip(batch, logps_of(batch)[0].sum(1).tolist())
+            taught = {q: [C[reachable_target(torch.tensor([sums[i] for i in C]))]] if len(C) > 1 else C for q, C in taught.items()}
+        kd_weights = torch.zeros(len(ro.mask), device=device)
+        for q, targets in taught.items():
+            for i in targets:
+                kd_weights[i] = guidance.alpha[q] / (len(problems) * len(targets) * lengths[i])
+        for batch in cut([i for targets in taught.values() for i in targets]):
+            d, mask = distances_of(batch)
+            near = d if args.distill == "sft" else clip_kl(d, args.delta)
+            loss = (near * kd_weights[batch, None]).sum()
             loss.backward()
             stats["loss"] += loss.item()
             stats["kl"] += d.sum().item()
-            stats["kl_clipped"] += (mask & (d > args.delta)).sum().item()
+            stats["kl_clipped"] += (d > args.delta).sum().item()
             stats["kl_tokens"] += mask.sum().item()
             if watch.stopped and not done:
                 optimizer.zero_grad()
@@ -294,6 +335,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
     model.eval()
     metrics = {"loss": stats["loss"] / args.updates_per_rollout, "grad_norm": stats["grad_norm"] / max(done, 1), "updates": done,
                "clip_ratio": stats["clipped"] / max(stats["scored"], 1), "padding_frac": 1 - stats["tokens"] / max(stats["padded"], 1)}
+    if stats["kl_tokens"]:
+        metrics |= {"sgpo/kl": stats["kl"] / stats["kl_tokens"], "sgpo/kl_clipped_frac": stats["kl_clipped"] / stats["kl_tokens"]}
     if stats["scored"]:
         metrics["entropy"] = stats["entropy"] / stats["scored"]
     return metrics
@@ -309,7 +352,7 @@ def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: A
         seed_everything(args.seed, 2 ** 31)  # the same draws at every evaluation
         todo = [row for row in rows for _ in range(args.eval_samples)]
         correct = []
-        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // (args.prompts_per_step * args.group_size))):
+        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // (args.prompts_per_step * (args.group_size + args.guided_group_size)))):
             batch = [todo[i] for i in some]
             prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
             ro = rollout(model, tokenizer, prompts, eos, args, args.eval_temperature)
@@ -328,23 +371,28 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
 
     def encode(row: dict) -> list[list[int]]:
-        """Every prompt that is made of a row."""
-        return [build_prompt(tokenizer, row["problem"], args.system_prompt)]
+        """Every prompt that is made of a row: without the strategy and, where it has one, with it."""
+        return [build_prompt(tokenizer, row["problem"], args.system_prompt, s) for s in (None, row.get("strategy")) if s or s is None]
 
     rows, eval_rows = load_problems(args)
     rows = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
+    helped = sum("strategy" in row for row in rows)
+    if not helped and args.distill != "none":
+        refuse(f"none of the {len(rows)} rows has a strategy: add a \"strategy\" field to the rows of --dataset, or train without with --distill none")
+    if helped < len(rows):
+        print(f"{len(rows) - helped} of {len(rows)} rows have no strategy: they train by GRPO alone")
     check_context(args.model, max(len(p) for row in rows for p in encode(row)), args.max_new_tokens)
     model = load_model(args.model, args.activation_checkpointing)
     eos = stop_ids(model, tokenizer)
     fast = rollout_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
-    print(f"{len(rows)} problems, {args.prompts_per_step} a step x {args.group_size} samples, {args.steps} steps -> {run.dir}")
+    print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size} guided) samples, {args.steps} steps -> {run.dir}")
     if eval_rows and finished == 0:
         sync_rollout_copy(fast, model)
         run.log("metrics", {"step": 0, **evaluate(fast, tokenizer, eval_rows, eos, reward, args)})
 
-    bar = tqdm(total=args.steps, initial=finished, desc="grpo", unit="step", disable=None)
+    bar = tqdm(total=args.steps, initial=finished, desc="sgpo", unit="step", disable=None)
     watch = Watch(bar)
     while finished < args.steps and not watch.stopped:
         # ---- sample problems
@@ -352,13 +400,16 @@ def main() -> None:
         seed_everything(args.seed, step)
         problems = [rows[i] for i in batch_of_step(len(rows), step - 1, args.prompts_per_step, args.seed)]
         samples = [row for row in problems for _ in range(args.group_size)]  # N rows, a problem's side by side: [B, G] flattened
+        n_auto = len(samples)
+        if args.distill != "none":
+            samples += [row for row in problems if "strategy" in row for _ in range(args.guided_group_size)]
         lr = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # ---- rollout
         sync_rollout_copy(fast, model)
-        prompts = [encode(row)[0] for row in samples]
+        prompts = [encode(row)[i >= n_auto] for i, row in enumerate(samples)]
         ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature, watch)
         if watch.stopped:
             break
@@ -366,30 +417,32 @@ def main() -> None:
 
         # ---- rewards and advantages
         rewards = score(reward, ro.texts, samples)
-        groups = rewards.view(args.prompts_per_step, args.group_size)
-        advantages = group_advantages(groups, args.scale_rewards).flatten()
+        groups = rewards[:n_auto].view(args.prompts_per_step, args.group_size)
+        advantages = group_advantages(groups, args.scale_rewards).flatten() * args.autonomous_grpo
+        guidance, guided_stats = guide(prompts, rewards, problems, args)
+        ro = replace(ro, prompts=[encode(row)[0] for row in samples])  # from here on every row is scored without the strategy
         graded = time.perf_counter()
 
         # ---- update
-        stats = update(model, optimizer, ro, advantages, args, watch)
+        stats = update(model, optimizer, ro, advantages, guidance, args, watch)
         if stats is None:
             break
         finished = step
 
         # ---- log and save
         now, lengths = time.perf_counter(), ro.mask.sum(1).float()
-        metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": groups.std(1).mean().item(),
+        metrics = {"step": step, "reward": groups.mean().item(), "reward_std": groups.std(1).mean().item(),
                    "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-                   "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ro.truncated.float().mean().item(), **stats,
+                   "completions/mean_length": lengths[:n_auto].mean().item(),
+                   "completions/clipped_ratio": ro.truncated[:n_auto].float().mean().item(), **stats, **guided_stats,
                    "lr": lr, "time/rollout_s": sampled - began, "time/grade_s": graded - sampled, "time/train_s": now - graded,
                    "tokens_per_s": lengths.sum().item() / (now - began), "peak_memory_gb": peak_memory_gb(),
                    **{f"grader/{outcome}": count for outcome, count in grader_counts().items()}}
-        last = step == args.steps or watch.stopped
-        if eval_rows and (last or args.eval_every and step % args.eval_every == 0):
+        if eval_rows and (step == args.steps or args.eval_every and step % args.eval_every == 0):
             sync_rollout_copy(fast, model)
             metrics |= evaluate(fast, tokenizer, eval_rows, eos, reward, args)
-        run.log("samples", *[{"step": step, "id": row["id"], "reward": r, "completion": text}
-                             for row, r, text in zip(samples, rewards.tolist(), ro.texts)])
+        run.log("samples", *[{"step": step, "id": row["id"], "reward": r, "guided": i >= n_auto, "completion": text}
+                             for i, (row, r, text) in enumerate(zip(samples, rewards.tolist(), ro.texts))])
         run.log("metrics", metrics)
         if args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, model, optimizer)
@@ -397,7 +450,7 @@ def main() -> None:
             bar.write(f"step {step}, reward {rewards[0]:g}: {printable(ro.texts[0])[:2000]}")
         if ro.truncated.all():
             bar.write(f"step {step}: every completion ran into --max_new_tokens {args.max_new_tokens}; nothing can be learnt from that, raise it")
-        bar.set_description(f"grpo reward {metrics['reward']:.2f}")
+        bar.set_description(f"sgpo reward {metrics['reward']:.2f}")
         bar.update()
     bar.close()
 

@@ -1,0 +1,96 @@
+"""Fixtures: small models with tokenizers of their own, a place for optional real problems, and in-process runs of the scripts."""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # optional folder with real benchmark problems; tests that want it skip when it is not there
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _same_signals_after():
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+def small_tokenizer(chat: bool = True, pad: str | None = "<pad>"):
+    """Byte tokenizer of its own, unlike the demo's: other special tokens, other ids, other template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {t: i for i, t in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<pad>"])}
+    raw = Tokenizer(models.BPE(vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token=pad)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
+    if chat:
+        tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+                                   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    return tokenizer
+
+
+def small_model(kind: str = "qwen2", vocab: int = 272, seed: int = 0, **more):
+    """A two-layer model whose embedding table is wider than its tokenizer, as Qwen2.5's is."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=4096, initializer_range=0.3, eos_token_id=257, pad_token_id=None, bos_token_id=None)
+    return model(config(**{**settings, **more})).eval()
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory) -> dict[str, Path]:
+    """Hugging Face directories of a small Qwen2 (tied head) and a small Llama (untied), each with a tokenizer."""
+    made = {}
+    for kind, tied in (("qwen2", True), ("llama", False)):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        small_model(kind, tie_word_embeddings=tied).save_pretrained(made[kind])
+        small_tokenizer().save_pretrained(made[kind])
+    return made
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Run a script's main() in this process with the given command line -> its exit code."""
+    def run(name: str, *argv) -> int:
+        module = __import__(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+    return run
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> Path:
+    """Eight toy problems with strategies, and a reward file that pays for short completions, so that groups differ."""
+    (tmp_path / "reward.py").write_text("def even(response, row):\n    return float(len(response) % 2 == 0)\n")
+    return write_rows(tmp_path / "rows.jsonl", [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "strategy": f"Type: sum. Strategy: double. Steps: double {i}."}
+                                                 for i in range(8)])
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stripped(rows: list[dict]) -> list[dict]:
+    """Metrics without what may differ between two equal runs: times and memory."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in ("tokens_per_s", "peak_memory_gb")} for row in rows]
