@@ -296,8 +296,8 @@ def load_tokenizer(name: str):
         refuse(f"--model {name}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        if not len(tokenizer):
-            raise ValueError("its vocabulary is empty")
+        if not tokenizer("1 + 1 = 2").input_ids:  # a directory without one can give an empty shell
+            raise ValueError("it has no vocabulary")
     except Exception as error:  # which of a dozen kinds depends on the missing file
         refuse(f"--model {name}: no tokenizer can be loaded from it ({str(error).strip().splitlines()[0]}); save one beside the weights")
     if tokenizer.eos_token_id is None:

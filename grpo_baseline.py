@@ -63,6 +63,7 @@ class Args:
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
     eval_samples: int = HfArg(default=4, help="samples a held-out problem")
+    eval_batch_size: int = HfArg(default=192, help="completions sampled at once in an evaluation")
     eval_temperature: float = HfArg(default=0.6, help="sampling temperature of the evaluation (the paper's)")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0: only the last")
     keep_checkpoints: int = HfArg(default=2, help="newest checkpoints kept")
@@ -71,7 +72,7 @@ class Args:
 def check_args(args: Args) -> None:
     check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
                            lr_warmup_steps=0, weight_decay=0, max_grad_norm=0, updates_per_rollout=1, microbatch_tokens=1, eval_every=0,
-                           eval_samples=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0))
+                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0))
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if args.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -221,7 +222,7 @@ def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: A
         seed_everything(args.seed, 2 ** 31)  # the same draws at every evaluation
         todo = [row for row in rows for _ in range(args.eval_samples)]
         correct = []
-        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // (args.prompts_per_step * args.group_size))):
+        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // args.eval_batch_size)):
             batch = [todo[i] for i in some]
             prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
             ro = rollout(model, tokenizer, prompts, eos, args, args.eval_temperature)

@@ -74,6 +74,7 @@ class Args:
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
     eval_samples: int = HfArg(default=4, help="samples a held-out problem")
+    eval_batch_size: int = HfArg(default=192, help="completions sampled at once in an evaluation")
     eval_temperature: float = HfArg(default=0.6, help="sampling temperature of the evaluation (the paper's)")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0: only the last")
     keep_checkpoints: int = HfArg(default=2, help="newest checkpoints kept")
@@ -82,7 +83,7 @@ class Args:
 def check_args(args: Args) -> None:
     check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, guided_group_size=1, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
                            lr_warmup_steps=0, weight_decay=0, max_grad_norm=0, updates_per_rollout=1, microbatch_tokens=1, eval_every=0,
-                           eval_samples=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0, delta=0, alpha0=0, alpha_max=0, fixed_alpha=0))
+                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0, delta=0, alpha0=0, alpha_max=0, fixed_alpha=0))
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if args.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -352,7 +353,7 @@ def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: A
         seed_everything(args.seed, 2 ** 31)  # the same draws at every evaluation
         todo = [row for row in rows for _ in range(args.eval_samples)]
         correct = []
-        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // (args.prompts_per_step * (args.group_size + args.guided_group_size)))):
+        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // args.eval_batch_size)):
             batch = [todo[i] for i in some]
             prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
             ro = rollout(model, tokenizer, prompts, eos, args, args.eval_temperature)
@@ -375,25 +376,27 @@ def main() -> None:
         return [build_prompt(tokenizer, row["problem"], args.system_prompt, s) for s in (None, row.get("strategy")) if s or s is None]
 
     rows, eval_rows = load_problems(args)
-    rows = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
+    rows, longest = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
+    if eval_rows:
+        eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     helped = sum("strategy" in row for row in rows)
     if not helped and args.distill != "none":
         refuse(f"none of the {len(rows)} rows has a strategy: add a \"strategy\" field to the rows of --dataset, or train without with --distill none")
     if helped < len(rows):
         print(f"{len(rows) - helped} of {len(rows)} rows have no strategy: they train by GRPO alone")
-    check_context(args.model, max(len(p) for row in rows for p in encode(row)), args.max_new_tokens)
+    check_context(args.model, longest, args.max_new_tokens)
     model = load_model(args.model, args.activation_checkpointing)
     eos = stop_ids(model, tokenizer)
     fast = rollout_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
     print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size} guided) samples, {args.steps} steps -> {run.dir}")
-    if eval_rows and finished == 0:
+    bar = tqdm(total=args.steps, initial=finished, desc="sgpo", unit="step", disable=None)
+    watch = Watch(bar)
+    if eval_rows and not run.evaluations():
         sync_rollout_copy(fast, model)
         run.log("metrics", {"step": 0, **evaluate(fast, tokenizer, eval_rows, eos, reward, args)})
 
-    bar = tqdm(total=args.steps, initial=finished, desc="sgpo", unit="step", disable=None)
-    watch = Watch(bar)
     while finished < args.steps and not watch.stopped:
         # ---- sample problems
         step, began = finished + 1, time.perf_counter()
