@@ -96,10 +96,10 @@ def _read_flag_file(path: str, fields: dict) -> dict:
     for name, value in chosen.items():
         if name not in fields:
             refuse(f"{path}: unknown flag {name!r}; --help lists the flags")
-        kinds = {"int": int, "float": (int, float, str), "str": str, "bool": bool}  # str: YAML reads 1e-6 as one
-        if value is not None and (isinstance(value, bool) != (fields[name].type == "bool")
-                                  or not isinstance(value, kinds.get(fields[name].type, object))):
-            refuse(f"{path}: {name} must be of type {fields[name].type}, not {value!r}")
+        kind = fields[name].type
+        accepted = (int, float, str) if kind in (int, float) else kind  # text too (YAML reads 1e-6 as such): the parser converts it
+        if value is not None and (isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted)):
+            refuse(f"{path}: {name} must be of type {kind.__name__}, not {value!r}")
     return chosen
 
 
