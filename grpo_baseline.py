@@ -255,7 +255,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
     print(f"{len(rows)} problems, {args.prompts_per_step} a step x {args.group_size} samples, {args.steps} steps -> {run.dir}")
-    bar = tqdm(total=args.steps, initial=finished, desc="grpo", unit="step", disable=None)
+    bar = tqdm(total=args.steps, initial=finished, desc="training", unit="step", disable=None)
     watch = Watch(bar)
     if eval_rows and not run.evaluations():
         sync_rollout_copy(fast, model)
@@ -293,7 +293,7 @@ def main() -> None:
 
         # ---- log and save
         now, lengths = time.perf_counter(), ro.mask.sum(1).float()
-        metrics = {"step": step, "reward": rewards.mean().item(), "reward_std": groups.std(1).mean().item(),
+        metrics = {"step": step, "reward": groups.mean().item(), "reward_std": groups.std(1).mean().item(),
                    "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
                    "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ro.truncated.float().mean().item(), **stats,
                    "lr": lr, "time/rollout_s": sampled - began, "time/grade_s": graded - sampled, "time/train_s": now - graded,
@@ -311,7 +311,7 @@ def main() -> None:
             bar.write(f"step {step}, reward {rewards[0]:g}: {printable(ro.texts[0])[:2000]}")
         if ro.truncated.all():
             bar.write(f"step {step}: every completion ran into --max_new_tokens {args.max_new_tokens}; nothing can be learnt from that, raise it")
-        bar.set_description(f"grpo reward {metrics['reward']:.2f}")
+        bar.set_description(f"reward {metrics['reward']:.2f}")
         bar.update()
     bar.close()
 

@@ -81,9 +81,10 @@ class Args:
 
 
 def check_args(args: Args) -> None:
-    check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, guided_group_size=1, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
+    check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
                            lr_warmup_steps=0, weight_decay=0, max_grad_norm=0, updates_per_rollout=1, microbatch_tokens=1, eval_every=0,
-                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0, delta=0, alpha0=0, alpha_max=0, fixed_alpha=0))
+                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0))
+    check_flags(args, dict(guided_group_size=1, delta=0, alpha0=0, alpha_max=0, fixed_alpha=0))
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if args.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -246,6 +247,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
     N, device = len(advantages), model.device
     stats, done = defaultdict(float), 0
     lengths = ro.mask.sum(1).tolist()
+    delta = float("inf") if args.distill == "sft" else args.delta  # -log pi is no KL: nothing to clip
     live = [i for i in range(N) if advantages[i] != 0]
     advantages = advantages.to(device)
 
@@ -318,12 +320,11 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
                 kd_weights[i] = guidance.alpha[q] / (len(problems) * len(targets) * lengths[i])
         for batch in cut([i for targets in taught.values() for i in targets]):
             d, mask = distances_of(batch)
-            near = d if args.distill == "sft" else clip_kl(d, args.delta)
-            loss = (near * kd_weights[batch, None]).sum()
+            loss = (clip_kl(d, delta) * kd_weights[batch, None]).sum()
             loss.backward()
             stats["loss"] += loss.item()
             stats["kl"] += d.sum().item()
-            stats["kl_clipped"] += (d > args.delta).sum().item()
+            stats["kl_clipped"] += (d > delta).sum().item()
             stats["kl_tokens"] += mask.sum().item()
             if watch.stopped and not done:
                 optimizer.zero_grad()
@@ -381,7 +382,8 @@ def main() -> None:
         eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     helped = sum("strategy" in row for row in rows)
     if not helped and args.distill != "none":
-        refuse(f"none of the {len(rows)} rows has a strategy: add a \"strategy\" field to the rows of --dataset, or train without with --distill none")
+        refuse(f"none of the {len(rows)} rows has a strategy: add a \"strategy\" field to the rows of --dataset (problem type, strategy, ordered "
+               "steps; see README), or train without with --distill none")
     if helped < len(rows):
         print(f"{len(rows) - helped} of {len(rows)} rows have no strategy: they train by GRPO alone")
     check_context(args.model, longest, args.max_new_tokens)
@@ -390,8 +392,9 @@ def main() -> None:
     fast = rollout_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
-    print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size} guided) samples, {args.steps} steps -> {run.dir}")
-    bar = tqdm(total=args.steps, initial=finished, desc="sgpo", unit="step", disable=None)
+    print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size * (args.distill != 'none')} guided) samples, "
+          f"{args.steps} steps -> {run.dir}")
+    bar = tqdm(total=args.steps, initial=finished, desc="training", unit="step", disable=None)
     watch = Watch(bar)
     if eval_rows and not run.evaluations():
         sync_rollout_copy(fast, model)
@@ -453,7 +456,7 @@ def main() -> None:
             bar.write(f"step {step}, reward {rewards[0]:g}: {printable(ro.texts[0])[:2000]}")
         if ro.truncated.all():
             bar.write(f"step {step}: every completion ran into --max_new_tokens {args.max_new_tokens}; nothing can be learnt from that, raise it")
-        bar.set_description(f"sgpo reward {metrics['reward']:.2f}")
+        bar.set_description(f"reward {metrics['reward']:.2f}")
         bar.update()
     bar.close()
 

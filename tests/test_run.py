@@ -285,3 +285,18 @@ def test_the_diff_takes_little_away(script):
     start = a.index("# Letters: B problems of a step, G samples a problem, N rows (problems x samples), P prompt, C completion, V vocabulary.")
     removed = [line for line in difflib.ndiff(a[start:], b) if line.startswith("- ")]
     assert len(removed) <= 25, "\n".join(removed)
+
+
+@pytest.mark.parametrize("script", ["sgpo", "grpo_baseline"])
+def test_the_demo_builds_runs_and_ends_with_its_table(script, tmp_path, run_script, capsys, monkeypatch):
+    """The plumbing of `python sgpo.py`, with a warm-up too short to learn anything."""
+    monkeypatch.setattr(common, "DEMO_WARMUP_STEPS", 12)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run_script(script, "--steps", 2, "--eval_samples", 1, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert "building the demo model once" in said
+    table = [line.split() for line in said.splitlines()[-5:]]
+    assert table[0] == ["held-out", "accuracy", "before", "after"] and table[1][0] == "alone" and table[2][:3] == ["with", "the", "strategy"]
+    assert len(list((tmp_path / "cache").rglob("model.safetensors"))) == 1 and not list((tmp_path / "cache").rglob("unfinished*"))
+    assert run_script(script, "--steps", 0, "--eval_samples", 1, "--out", tmp_path / "again") == 0
+    assert "building" not in capsys.readouterr().out  # from the cache
