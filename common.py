@@ -20,7 +20,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import lru_cache
+from itertools import accumulate
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Sequence
 
@@ -679,7 +686,7 @@ DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
-               "eval_samples": 2, "delta": 5.0, "microbatch_tokens": 8192}
+               "eval_samples": 2, "microbatch_tokens": 8192}
 
 
 def demo_recipe(args: Any) -> dict:
@@ -797,12 +804,395 @@ def demo_dir() -> Path:
 
 # ---------------------------------------------------------------- the math grader
 
-def extract_answer(response):
-    i = response.rfind("\\boxed{")
-    if i < 0: return None
-    j = response.find("}", i)
-    return response[i + 7:j] if j > 0 else None
-def grade(r, g): return float(extract_answer(r) == g)
-def grade_batch(r, g): return [grade(a, b) for a, b in zip(r, g)]
-def grader_counts(): return {}
-def gold_is_gradable(g): return True
+# Every answer, in training and in evaluation, is judged by `grade`; its docstring states what counts as right. What is accepted
+# although wrong gets learnt, so whatever is not understood is wrong, and every rule is general.
+_counts, _lock = Counter(), threading.Lock()
+MAX_TAIL, MAX_ANSWER, VERDICT_SECONDS = 20_000, 1_000, 4.7  # characters, characters, seconds of worker time for one verdict
+WORKERS = max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))       # each is 70 to 200 MB
+
+
+# ---- extraction
+def extract_answer(response: str) -> str | None:
+    r"""The text of the last complete top-level \boxed{..} after the last </think>, or None. One linear pass over the last 20,000 characters.
+    `\boxed 5` and `\fbox{5}` are no boxes, nor is an unclosed one; a box inside the box is decoration: `\boxed{x = \boxed{5}}` gives `x = {5}`."""
+    last, opened = None, []                                 # opened: for each open brace, where its box's text starts, or None
+    text = response[max(response.rfind("</think>"), 0):][-MAX_TAIL:]
+    for m in re.finditer(r"(\\boxed\s*)?\{|\}|\\.", text, re.S):
+        if m[0] == "}" and opened:
+            if (start := opened.pop()) is not None:
+                last = text[start:m.start()]                # an outer box closes after its inner ones: the last to close is top-level
+        elif m[0].endswith("{") and m[0] != r"\{":
+            opened.append(m.end() if m[1] else None)
+    return None if last is None else re.sub(r"\\boxed\s*(?=\{)", "", last).strip()
+
+
+# ---- normalisation: one spelling for what means the same
+_UNICODE = {ord(char): tex for char, tex in {
+    "−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^{\circ}", "≤": r"\leq ", "≥": r"\geq ",
+    "≠": r"\neq ", "∪": r"\cup ", "∈": "=", "∅": r"\emptyset ", "±": r"\pm ", "√": r"\sqrt ", "≈": r"\approx ", "²": "^{2}", "³": "^{3}",
+    "θ": r"\theta ", "ℝ": r"\mathbb{R}", "’": "'", "\u00a0": " ", "\u202f": " ", "\u2009": " "}.items()}
+_NAMED = "sqrt|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|log|ln|exp|pi"
+_REWRITES = [(re.compile(pattern.replace("END", "(?![a-zA-Z])")), new) for pattern, new in [
+    (r"\{\\rm\s+([^{}]*)\}", r"\\text{\1}"), (r"\\imathEND", "i"), (r"\\inEND", "="),
+    (r"\^?\s*\{?\s*\\text\s*\{(?:st|nd|rd|th)\}\s*\}?|(?<=[0-9])(?:st|nd|rd|th)END", ""),
+    (r"\\(?:left|right|[bB]ig{1,2}[lrm]?)END\s*\.?|\\(?:(?:display|text)style|bf|rm|[lL]arge|LARGE|square|underline)END|\\color\s*\{[a-z]+\}", ""),
+    (r"\\[dtc]fracEND", r"\\frac"), (r"\\(begin|end)\{(?:[bpB]?matrix|array)\}(?:\{[clr| ]*\})?", r"\\\1{pmatrix}"), (r"\\bigcupEND", r"\\cup "),
+    (r"\\(?:text(?:bf|it|rm|sf|tt|normal)|[mh]box|math(?:rm|bf|it|sf)|operatorname\*?|boldsymbol)\s*(?=\{)", r"\\text"),
+    (rf"\\text\s*\{{\s*({_NAMED})\s*\}}", r"\\\1 "), (r"\\text\s*\{\s*([ie])\s*\}", r"\1"), (r"\\\\\s*\[[0-9.]+[a-z]+\]|\\crEND", r"\\\\"),
+    (r"(?<=[0-9])(?:,\\!|\{,\}|\{\\,\}|\\[,;:! ]|~)\s*(?=[0-9]{3}(?![0-9]))", ""), (r"\{([,:])\}", r"\1"),         # 42\,000  1{,}234  10,\!080
+    (r"(?<!\\)\\(?:[,;:! ]|q?quadEND|thinspaceEND|hspace\{[^{}]*\})|~|\s+", " "),                                  # but not the \\ of a matrix
+    (r"\\(?:times|cdot|ast)END", "*"), (r"\*\*", "^"), (r"\\divEND", "/"), (r"\\ltEND", "<"), (r"\\gtEND", ">"), (r"\\[lr]vertEND", "|"),
+    (r"\\(?:leqslant|leqq|leq|le)END|<=|=<", r"\\leq "), (r"\\(?:geqslant|geqq|geq|ge)END|>=", r"\\geq "), (r"\\neqEND|\\neEND|!=", r"\\neq "),
+    (r"\\(?:varnothing|emptyset)END|\\\{\s*\\\}", r"\\emptyset "), (r"\\lbraceEND", r"\\{"), (r"\\rbraceEND", r"\\}"), (r"\\degreeEND", r"^{\\circ}"),
+    (r"\\langleEND", "("), (r"\\rangleEND", ")"), (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"), (r"(?<![a-zA-Z])\\?(?:infty|oo)END", r"\\infty "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circEND)|\\text\s*\{\s*(?:degrees?|deg\.?)\s*\}|(?<=[0-9] )degrees?END", r"^{\\circ}"),
+    (r"\\text\s*\{\s*(?:percent|percentage|pct)\s*\}|(?<=[0-9] )percentEND|\\?%", r"\\% "),
+    (rf"(?<![\\a-zA-Z])({_NAMED})END(?=[ (^/*+)-]|$)", r"\\\1 "), (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),         # Python's sqrt(2)
+    (r",?\s*\\text\s*\{\s*,?\s*(?:and|or)\s*,?\s*\}|,?\s*(?<![\\a-zA-Z])(?:and|or)END|\\(?:lor|vee)END", ","),
+    (r"\\text\s*\{([^{}a-zA-Z]*)\}", r"\1"), (r"^\\text\s*\{([^{}]*,[^{}]*)\}$", r"\1"),                            # \text{42}  \text{A, C}
+    (r"^\s*([-+]?)\s*\\?\$\s*(?=[-0-9.])(.*)$", r"\1\2\\text{dollars}"), (r"\\?\$|[€£]|\\poundsEND", ""),           # $7.25 is 7.25 dollars
+    (r"^\s*([a-zA-Z]?)\s*\\approxEND", r"\1="), (r"(?<=.)\s*\\approxEND.*$", ""),                                  # 2\pi \approx 6.28 is 2\pi
+    (r"^\s*[a-z]?\s*=(?=\s*\\\{)|^\s*=", ""), (r"^\[\s*('.*')\s*\]$", lambda m: m[1].replace("'", "")),            # Python's ['3', '4']
+]]
+_WRAPPERS = [(re.compile(pattern, re.S), new) for pattern, new in [
+    (r"(?<!\\)[.,]$|\\\\$", ""), (r"^(\$\$?|\*\*|[\"'`])((?:(?!\1).)+)\1$", r"\2"), (r"^\\\(((?:(?!\\\().)+)\\\)$", r"\1"),
+    (r"^\\\[((?:(?!\\\[).)+)\\\]$", r"\1"), (r"^\\boxed\s*(?=\{)", "")]]
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.S)
+_OPEN, _CLOSE = {"(", "[", "{", r"\{", r"\begin"}, {")", "]", "}", r"\}", r"\end"}
+
+
+@lru_cache(8192)
+def _normalise(text: str) -> str:
+    s = text.translate(_UNICODE)
+    for pattern, new in _WRAPPERS * 2 + _REWRITES + _WRAPPERS:
+        s = pattern.sub(new, s.strip())
+    if not re.search(r"[(\[]|\\\{", s):                     # 1,234 and 1 234, but inside brackets a comma always separates
+        s = re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9,])", lambda m: re.sub("[, ]", "", m[0]), s)
+    return s
+
+
+def _split(s: str, *separators: str) -> list[str]:
+    """Split at separators outside all brackets. Brackets need not match in kind: [0,1) is an interval."""
+    parts, depth = [""], 0
+    for token in _TOKEN.findall(s):
+        depth += (token in _OPEN) - (token in _CLOSE)
+        if depth == 0 and token in separators:
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [part.strip() for part in parts]
+
+
+def _encloses(s: str) -> bool:
+    """Does the bracket that opens s close at its end?"""
+    depths = list(accumulate((token in _OPEN) - (token in _CLOSE) for token in _TOKEN.findall(s)))
+    return len(depths) > 1 and depths[-1] == 0 and min(depths[:-1]) > 0
+
+
+def _key(s: str) -> str:
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", s)         # blanks mean nothing, except in "4 2"
+
+
+# ---- structure: split at top level, compare the parts. `ask` is the slow path, for what only Math-Verify can tell
+_NAME = re.compile(r"\\?[A-Za-z]+'*(?:_\{?\w+\}?)?(?:\([^()=]*\))?|\\text\s*\{[^{}]*\}|\\angle\s*[A-Z]+|\([A-Za-z, ]+\)|\|[a-zA-Z]\|")
+
+
+def _same(a: str, g: str, ask) -> bool:
+    """Is the normalised answer a the normalised gold g?"""
+    a, g = _bare(a), _bare(g)
+    if _key(a) == _key(g):
+        return True
+    if re.search(r"<|>|\\[lgn]eq", a + g):                  # 1 < x \leq 2 is (1,2] is x \in (1,2]
+        return ask(*(re.sub(r"^[a-z] *= *", "", s) for s in (a, g)))
+    items_a, items_g = _items(a), _items(g)
+    if len(items_a) > 1 or len(items_g) > 1 or r"\setminus" in a + g:
+        rest, whole = list(items_g), r"\cup" in a + g or r"\setminus" in a + g          # (-\infty,0) \cup [0,3) is (-\infty,3)
+        for item in items_a if len(items_a) == len(items_g) > 1 and (r"\cup" in a) == (r"\cup" in g) else ():
+            match = next((i for i, other in enumerate(rest) if _same(item, other, ask)), None)
+            if match is None:
+                break
+            rest.pop(match)
+        return not rest or (whole and ask(a, g))
+    a, g = _bare(items_a[0]), _bare(items_g[0])
+    sides_a, sides_g = _split(a, "="), _split(g, "=")
+    if len(sides_g) > 1:
+        if len(sides_a) == 1:                               # gold x = 5: the answer may leave the name out
+            return bool(_NAME.fullmatch(sides_g[0])) and _same(a, sides_g[-1], ask)
+        if _key(sides_a[0]) == _key(sides_g[0]) and _NAME.fullmatch(sides_g[0]):
+            return all(_same(side, sides_g[-1], ask) for side in sides_a[1:])
+        return len(sides_a) == len(sides_g) == 2 and ask(a, g)         # y = 2x+3, 2x+3 = y, 2y-4x = 6
+    if len(sides_a) > 1:                                    # gold 5: the answer may put the name of what was asked before it
+        letter = r"(?<![\\a-zA-Z])[a-zA-Z]|\\(?!frac|sqrt|pi|infty|log|ln|sin|cos|tan)[a-z]+"      # x = 5, x^2+y^2 = 5, but not 41 = 42 or x+41 = 42
+        names = [side for side in sides_a[:-1] if not side[:1].isdigit() and all(re.search(letter, term) for term in _split(side, "+", "-"))]
+        return all(side in names or _same(side, g, ask) for side in sides_a[:-1]) and _same(sides_a[-1], g, ask)
+    parts_a, parts_g = (_split(s[1:-1], ",", ";") if s[:1] in ("(", "[") and _encloses(s) else [s] for s in (a, g))
+    if len(parts_a) > 1 or len(parts_g) > 1:                # tuples and intervals
+        return len(parts_a) == len(parts_g) and a[0] + a[-1] == g[0] + g[-1] and all(_same(x, y, ask) for x, y in zip(parts_a, parts_g))
+    return _same_leaf(a, g, ask)
+
+
+def _items(s: str) -> list[str]:
+    """The members of a list, a set or a union; none has an order."""
+    while s.startswith(r"\{") and s.endswith(r"\}") and _encloses(s):
+        s = s[2:-2].strip()
+    items = [item for item in _split(s, ",", ";", r"\cup") if item]
+    for i, item in enumerate(items):
+        if re.search(r"\\(?:pm|mp)(?![a-z])", item) and not _encloses(item):
+            items[i:i + 1] = [item.replace(r"\pm", "+").replace(r"\mp", "-"), item.replace(r"\pm", "-").replace(r"\mp", "+")]
+    return [re.sub(r"^\+\s*", "", item) for item in items] or [""]
+
+
+def _bare(s: str) -> str:
+    """Without brackets around a single thing; but (B) stays a choice."""
+    while re.fullmatch(r"\((?![A-Za-z]\)).*\)|\[.*\]|\{.*\}", s) and _encloses(s) and len(_split(s[1:-1], ",", ";")) == 1:
+        s = s[1:-1].strip()
+    return s
+
+
+# ---- leaves: choices, units, words, numbers
+_UNITS = dict(pair.split("=") for pair in (
+    "meter=m metre=m centimeter=cm millimeter=mm kilometer=km inch=in inche=in foot=ft feet=ft yard=yd mile=mi gram=g kilogram=kg"
+    " pound=lb ounce=oz dollar=usd second=s sec=s minute=min hour=h hr=h liter=l kph=km/h kmph=km/h mph=mi/h circ=deg sq=square cu=cubic").split())
+_BARE_UNITS = "degrees|dollars?|usd|cents?|[ckm]m|in|inch(?:es)?|feet|ft|yd|mi|miles?|meters?|kg|lbs?|hours?|minutes?|seconds?|days?|years?|am|pm"
+_TAIL = re.compile(                                         # a unit at the end: in \text{..}, or bare if it is well known
+    r"\s*(\^\{\\circ\}|\\%|\\text\s*\{(?:[a-zA-Z .,/()^{-]|(?<=[a-zA-Z^{-])[1-3]\}?)*\}(?:\s*\^\s*\{?-?[1-3]\}?)?"
+    rf"|(?<=[0-9)}} ])(?i:{_BARE_UNITS})(?:\s*\^\s*\{{?[1-3]\}}?)?)\.?\s*$")
+_HEDGE = re.compile(r"\b(?:not|maybe|perhaps|possibly|probably|wrong|incorrect|guess|n?either|about|approx\w*|roughly|nearly|almost|if|unless)\b")
+_BASE = re.compile(r"\(?([0-9][0-9A-Za-z]*)\)?_\{?(?:\\text\s*\{)?([0-9a-z]+)\}*")
+_CHOICE = re.compile(r"(?:\\text\s*\{)?\s*(?:(?:option|choice|answer)\s*)?(?:\(([A-Z])\)|([A-Z])[).:]?)\s*\}?\s*[-0-9./\\{} ]*", re.I)      # (B) 36
+
+
+def _same_leaf(a: str, g: str, ask) -> bool:
+    choice_a, choice_g = ((m[1] or m[2]).upper() if (m := _CHOICE.fullmatch(s)) else "" for s in (a, g))
+    if choice_a and choice_g and (len(g) == 1 or "(" in g or "text" in g):
+        return choice_a == choice_g
+    (a, unit_a), (g, unit_g) = _split_unit(a), _split_unit(g)
+    if (unit_a - {"%"}) and (unit_g - {"%"}) and (unit_a ^ unit_g) - {"%"}:        # the unit is optional, but cm is not m, and AM is not PM
+        return False
+    bases = [_BASE.fullmatch(s) for s in (a, g)]
+    if any(bases):                                          # 52_8 is neither 52_{10} nor 42
+        return all(bases) and bases[0].groups() == bases[1].groups()
+    if ":" in a or ":" in g:                                # ratios and times of day
+        return re.sub(r"\s", "", a) == re.sub(r"\s", "", g)
+    if _words(a) or _words(g):
+        return _words(a) == _words(g) or _key(a).casefold() == _key(g).casefold()
+    value_a, value_g = _number(a), _number(g)
+    percent_a, percent_g = "%" in unit_a, "%" in unit_g
+    if value_a is None or value_g is None:
+        return percent_a == percent_g and (_key(a) == _key(g) or ask(_bare(a), _bare(g)))
+    # One side alone has a percent sign: it means 1/100, or was left out on the other side (but a gold below 1 is a proportion: 0.35% is not 0.35).
+    bare, percent = (value_g, value_a) if percent_a else (value_a, value_g)
+    if percent_a == percent_g:
+        return value_a == value_g
+    return bare == percent / 100 or (bare == percent and not (percent_a and abs(bare) < 1))
+
+
+@lru_cache(8192)
+def _number(s: str) -> Fraction | None:
+    r"""The exact value of a plain number: 1.5, -3/4, \frac34, 2\frac14, 2 1/4, 4.5e33, 4.5*10^{33}, 10^{-5}, 0.1\overline{6}. None for all else."""
+    s, mantissa, fraction = _key(s), r"([0-9]+\.?[0-9]*|\.[0-9]+)", r"\\frac(?:\{([^{}]*)\}|([0-9]))(?:\{([^{}]*)\}| ?([0-9]))"
+    if s[:1] in ("-", "+"):
+        value = _number(s[1:]) if s[1:2] not in ("-", "+") else None
+        return -value if value is not None and s[0] == "-" else value
+    if m := re.fullmatch(rf"{mantissa}(?:(?:[eE]|\*10\^)\{{?([-+]?[0-9]{{1,4}})\}}?)?", re.sub(r"^10\^", "1*10^", s)):
+        return Fraction(m[1]) * Fraction(10) ** int(m[2] or 0)
+    if m := re.fullmatch(r"([0-9]*)\.([0-9]*)\\overline\{([0-9]{1,50})\}", s):
+        return Fraction(f"{m[1] or 0}.{m[2] or 0}") + Fraction(int(m[3]), 10 ** len(m[2]) * (10 ** len(m[3]) - 1))
+    m = re.fullmatch(rf"([0-9]*) ?{fraction}", s) or re.fullmatch(rf"(?:([0-9]+) (?=[0-9]+/))?{mantissa}()/{mantissa}()", s)
+    top, bottom = (_number(m[2] or m[3]), _number(m[4] or m[5])) if m else (None, None)
+    return int(m[1] or 0) + top / bottom if top is not None and bottom else None
+
+
+def _words(s: str) -> str:
+    r"""What to compare if this is text: \text{..}, or a bare word (products have fewer letters in a row). "" for formulas."""
+    is_text = r"\begin" not in s and re.search(r"\\text\s*\{[^}]*[a-zA-Z]|(?<![\\a-zA-Z])[A-Za-z]{4}|^(?i:yes|no|am|pm|odd)$", s)
+    return re.sub(r"\\text|[\s{}().,'\"]", "", s).casefold() if is_text else ""
+
+
+def _split_unit(s: str) -> tuple[str, set[str]]:
+    """The quantity and the words of its unit, m/s^2 as {m, s2}."""
+    text = ""
+    while (m := _TAIL.search(s)) and re.search(r"[0-9]|\\(?:pi|frac|sqrt)", s[:m.start()]) and not _HEDGE.search(m[1]) \
+            and not re.search(r"[-+*/^=(,]\s*$|\\(?:sin|cos|tan)", s[:m.start()]):
+        s, text = s[:m.start()], f"{m[1]} {text}"
+    words = re.findall(r"([a-z]+|%)[ ^]*-?([1-3]?)", re.sub(r"\\text|[{}.]|\bper\b", "", text.lower()))
+    unit = " ".join((_UNITS.get(word) or _UNITS.get(word.rstrip("s")) or word.rstrip("s") or word) + power for word, power in words).replace("/", " ")
+    unit = re.sub(r"square (\w+)", r"\g<1>2", re.sub(r"cubic (\w+)", r"\g<1>3", unit))
+    return s.strip(), set(unit.split())
+
+
+# ---- Math-Verify, in worker processes
+_COMMANDS = set("alpha beta gamma delta theta lambda mu sigma phi omega Delta frac sqrt pi infty sin cos tan cot sec csc arcsin arccos arctan "
+                "log ln exp leq geq neq cup setminus emptyset begin end circ binom lfloor rfloor lceil rceil".split())
+
+
+def _worth_asking(a: str, g: str) -> bool:
+    """Sympy can be kept busy for ever by sizes, towers and operators. An honest attempt at this gold needs no more of them than the gold has."""
+    costly = ("=", r"\^\s*\{[^}]*\^|\^\{?(?:[0-9]+|[a-z])\}?\s*\^", r"\^\s*\{?-?[0-9]{3}", r"[0-9]{4}\s*!|[)\]}!]\s*!", r"\\binom.*[0-9]{4}",
+              "[0-9]{21}", r"(?<![\\a-zA-Z])[A-Za-z]{4}", r"(?:[(\[{][^)\]}]*){7}", ".{400}")
+    commands_a, commands_g = (set(re.findall(r"\\([a-zA-Z]+)", s)) for s in (a, g))
+    return (re.fullmatch(r"[\sA-Za-z0-9\\{}()\[\]|+\-*/^_=<>.,!&']*", a) is not None and not re.search("(?<![_0-9])[0-9]+ +[0-9]", a)
+            and commands_a <= _COMMANDS | commands_g and not any(re.search(pattern, a) and not re.search(pattern, g) for pattern in costly))
+
+
+def _worker_main(fd: int):
+    """A worker: its source runs in a fresh interpreter (python -c), without torch and without the user's script. Text is only ever parsed as LaTeX:
+    Math-Verify's other extraction, for plain expressions, ends in sympy's parse_expr, that is in eval."""
+    import faulthandler, functools, logging, os, re, resource, signal
+    from fractions import Fraction
+    from multiprocessing.connection import Connection
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig
+    from math_verify import parser, verify
+    from sympy import FiniteSet, I, Union, nan, zoo
+    logging.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's business
+    resource.setrlimit(resource.RLIMIT_DATA, (200 * 2**20,) * 2)
+    as_latex = [parser.LatexExtractionConfig(normalization_config=NormalizationConfig(malformed_operators=True, boxed="none"))]
+    parser.latex2sympy = functools.partial(                 # parser.parse has no option for this: tell A from a
+        parser.latex2sympy, conversion_config=ConversionConfig(lowercase_symbols=False))
+
+    @functools.lru_cache(1000)
+    def read(text):
+        """[expression] or []. Decimals are made exact; mixed numbers, degrees, negative exponents, i and lists of inequalities are what they mean."""
+        text = re.sub(r"[0-9]+\.[0-9]*|\.[0-9]+", lambda m: "(\\frac{%d}{%d})" % Fraction(m[0]).as_integer_ratio(), text)
+        text = re.sub(r"(?<![0-9.^_])([0-9]+)\s*(\\frac\s*(?:\{[0-9]+\}|[0-9])\s*(?:\{[0-9]+\}|[0-9]))", r"(\1+\2)", text)
+        text = re.sub(r"\^ *(-\w+)", r"^{\1}", re.sub(r"([0-9]+)\^\{\\circ\}", r"(\1\\frac{\\pi}{180})", text))
+        found = parser.parse(f"${text}$", as_latex, fallback_mode="no_fallback", parsing_timeout=2, raise_on_error=True)
+        found = [x.subs({s: I for s in x.free_symbols if s.name == "i"}) if "i" in text else x for x in found]
+        found = [Union(*(r.as_set() for r in x.args)) if isinstance(x, FiniteSet) and all(r.is_Relational for r in x.args) else x for x in found]
+        return [] if any(x.has(nan, zoo) for x in found) else found
+
+    pipe, null = Connection(fd), open(os.devnull, "w")
+    pipe.send("ready")
+    while True:
+        try:
+            gold, answer = pipe.recv()
+        except (EOFError, OSError):                         # the parent is gone
+            return
+        faulthandler.dump_traceback_later(8, exit=True, file=null)     # a C thread: ends even what no signal interrupts, should the parent be gone
+        try:
+            golds, answers = read(gold), read(gold if answer is None else answer)
+            alike = golds and answers and isinstance(golds[0], FiniteSet) == isinstance(answers[0], FiniteSet)        # {2,4} is not (2,4)
+            reply = bool(alike) and (answer is None or verify(golds, answers, float_rounding=15, numeric_precision=50,
+                                                              allow_set_relation_comp=True, timeout_seconds=2, raise_on_error=True))
+        except parser.TimeoutException:
+            reply = "timeout"
+        except MemoryError:
+            os._exit(1)                                     # the parent starts a clean one
+        except Exception:
+            reply = False                                   # not readable or not comparable
+        faulthandler.cancel_dump_traceback_later()
+        pipe.send(reply)
+
+
+def _new_worker() -> subprocess.Popen:
+    pipe, theirs = Pipe()
+    code = f"{inspect.getsource(_worker_main)}\n_worker_main({theirs.fileno()})"       # spawn would run the user's script again
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONHASHSEED": "0"}             # import nothing from here; the same verdict every time
+    worker = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env)
+    worker.pipe, worker.ready = pipe, False
+    theirs.close()
+    return worker
+
+
+_free, _idle = threading.Semaphore(WORKERS), []             # a worker is started when needed, and ends when its pipe closes, at the latest with us
+os.register_at_fork(after_in_child=_idle.clear)             # a forked child starts its own
+
+
+def _ask_worker(gold: str, answer: str | None, seconds: float):
+    """One question to a free worker: is the answer right, or if it is None, can the gold be read? A late worker is killed and replaced."""
+    with _free:
+        with _lock:
+            worker = _idle.pop() if _idle else None
+        try:
+            if worker is None or worker.poll() is not None:      # not started, or died while idle
+                worker = _new_worker()
+            worker.pipe.send((gold, answer))
+            worker.ready = worker.ready or (worker.pipe.poll(120) and worker.pipe.recv())      # seconds to start are not the answer's fault
+            if not worker.pipe.poll(seconds):
+                raise TimeoutError
+            reply = worker.pipe.recv()
+        except BaseException as error:                      # Ctrl-C too: a reply left unread would answer the next question
+            if worker:
+                worker.kill()
+            _idle.extend([_new_worker()] if isinstance(error, TimeoutError) else [])
+            raise
+        _idle.append(worker)
+        return reply
+
+
+# ---- verdicts
+_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")     # a reader would see another answer
+
+
+@lru_cache(8192)
+def _readable(s: str) -> bool:
+    """Can every part be read? Words, choices and numbers here, the rest in a worker."""
+    s = re.sub(r"^(?:\\\{|[(\[{])(.*?)(?:\\\}|[)\]}])$", r"\1", s).strip() if _encloses(s) else s
+    parts = _split(s, ",", ";", ":", "=", "<", ">", r"\leq", r"\geq", r"\cup")
+    if len(parts) > 1:
+        return all(map(_readable, parts))
+    s = _split_unit(s)[0]
+    plain = _words(s) or _CHOICE.fullmatch(s) or _BASE.fullmatch(s) or s in (r"\infty", r"-\infty", r"\emptyset", r"\ldots", r"\dots")
+    return s != "" and bool(plain or _number(s) is not None or _ask_worker(s, None, VERDICT_SECONDS) is True)
+
+
+def gold_is_gradable(gold: str) -> bool:
+    """Can this gold answer be read? If not, the row is a data error and no answer to it scores. Plain golds take microseconds, others a worker."""
+    try:
+        return isinstance(gold, str) and len(gold) <= MAX_ANSWER and _readable(_normalise(gold))
+    except Exception:
+        return False
+
+
+@lru_cache(16_384)
+def _outcome(answer: str, gold: str) -> str:
+    """The cache: the rollouts of a problem repeat each other's answers, hostile ones included."""
+    def ask(a: str, g: str) -> bool:
+        reply = _worth_asking(a, g) and _ask_worker(g, a, max(0.1, end - time.monotonic()))
+        if reply == "timeout":
+            raise TimeoutError
+        return reply
+    end = time.monotonic() + VERDICT_SECONDS
+    try:
+        return "right" if _same(answer, gold, ask) else "wrong"
+    except TimeoutError:
+        return "timeouts"
+
+
+def grade(response: str, gold: str) -> float:
+    r"""1.0 if the answer in the response is the gold answer, else 0.0. Never raises, takes at most 5 s, works in any thread.
+
+    The answer is the last complete \boxed{..} after the last </think>; no box, no reward. It is right if it denotes the same object as the gold:
+    - numbers are compared exactly: 0.5 is \frac12 and 4.5e33 is 4.5 \times 10^{33}, but 0.333 is not \frac13 and 3.14 is not \pi;
+    - expressions are the same if Math-Verify finds them equal, factored or not; letters are case-sensitive; i is the imaginary unit;
+    - lists and sets have no order but must be complete, with nothing added; tuples, intervals and matrices have order, brackets and shape;
+      x > 2 is (2,\infty), but (2,4) is not \{2,4\}; equations may be turned round or scaled; x = 5 is 5, but 41 = 42 is nothing;
+    - a unit or currency may be left out on either side, but two must agree; a percent sign may be left out, or mean 1/100;
+    - numerals in a base need the same digits and base; words and choice letters are compared without case, full stops and brackets.
+    Whatever cannot be read, takes too long or is too big is wrong, and so is every answer to a gold that cannot be read.
+    """
+    try:
+        answer = extract_answer(response) if isinstance(response, str) else None
+        outcome = "no_box" if answer is None else "wrong"
+        if not gold_is_gradable(gold):
+            outcome = "unparsable_gold"
+        elif answer and len(answer) <= MAX_ANSWER and not _INVISIBLE.search(answer):
+            outcome = _outcome(_normalise(answer), _normalise(gold))
+    except Exception:
+        outcome = "crashes"
+    with _lock:
+        _counts[outcome] += 1
+    return float(outcome == "right")
+
+
+def grade_batch(responses: list[str], golds: list[str]) -> list[float]:
+    """`grade` for a whole step's rollouts, the workers side by side."""
+    with ThreadPoolExecutor(WORKERS) as threads:
+        return list(threads.map(grade, responses, golds))
+
+
+def grader_counts() -> dict[str, int]:
+    """Outcomes since the last call. Log them each step: many timeouts or crashes mean that rewards are being lost."""
+    with _lock:
+        return {key: _counts.pop(key, 0) for key in ("right", "wrong", "no_box", "timeouts", "crashes", "unparsable_gold")}

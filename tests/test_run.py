@@ -123,7 +123,7 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("script, kind", [("sgpo", signal.SIGKILL), ("grpo_baseline", signal.SIGKILL), ("sgpo", signal.SIGINT)])
 def test_killed_and_resumed_equals_uninterrupted(script, kind, model_dirs, rows_file, tmp_path):
     """Parameters, metrics, samples and problems, bit for bit; evaluations in between must not disturb the draws."""
-    argv = fast(script, model_dirs, rows_file, "--steps", 40, "--save_every", 3, "--eval_every", 4, "--eval_dataset", rows_file, "--eval_samples", 1)
+    argv = fast(script, model_dirs, rows_file, "--steps", 18, "--save_every", 3, "--eval_every", 4, "--eval_dataset", rows_file, "--eval_samples", 1)
     whole = spawn(script, *argv, "--out", tmp_path / "whole")
     broken = spawn(script, *argv, "--out", tmp_path / "broken")
     wait_for_step(tmp_path / "broken", 5, broken)
@@ -137,7 +137,7 @@ def test_killed_and_resumed_equals_uninterrupted(script, kind, model_dirs, rows_
             file.write('{"step": 9, "rew')  # a line cut in half
     again = spawn(script, *argv, "--out", tmp_path / "broken", "--resume")
     assert again.wait(timeout=120) == 0 and whole.wait(timeout=120) == 0, again.stdout.read()
-    assert len(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == 41
+    assert len(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == 19
     assert stripped(read_jsonl(tmp_path / "whole" / "metrics.jsonl")) == stripped(read_jsonl(tmp_path / "broken" / "metrics.jsonl"))
     assert (tmp_path / "whole" / "samples.jsonl").read_bytes() == (tmp_path / "broken" / "samples.jsonl").read_bytes()
     a, b = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "broken"))
@@ -241,7 +241,7 @@ def test_every_completion_truncated_is_said(model_dirs, rows_file, tmp_path, run
 def test_the_demo_brings_its_recipe_only_for_flags_not_set(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sgpo.py", "--lr", "0.5"])
     args = common.parse_args(sgpo.Args, common.demo_recipe)
-    assert args.lr == 0.5 and args.steps == common.DEMO_RECIPE["steps"] and args.delta == common.DEMO_RECIPE["delta"]
+    assert args.lr == 0.5 and args.steps == common.DEMO_RECIPE["steps"] and args.delta == 1.0
     monkeypatch.setattr(sys, "argv", ["sgpo.py", "--model", "Qwen/Qwen2.5-7B-Instruct"])
     args = common.parse_args(sgpo.Args, common.demo_recipe)  # the paper's
     assert (args.lr, args.delta, args.alpha0, args.gamma, args.alpha_max, args.clip_low, args.clip_high) == (1e-6, 1.0, 0.5, 0.1, 0.8, 0.2, 0.28)
@@ -290,13 +290,14 @@ def test_the_diff_takes_little_away(script):
 @pytest.mark.parametrize("script", ["sgpo", "grpo_baseline"])
 def test_the_demo_builds_runs_and_ends_with_its_table(script, tmp_path, run_script, capsys, monkeypatch):
     """The plumbing of `python sgpo.py`, with a warm-up too short to learn anything."""
-    monkeypatch.setattr(common, "DEMO_WARMUP_STEPS", 12)
+    monkeypatch.setattr(common, "DEMO_WARMUP_STEPS", 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert run_script(script, "--steps", 2, "--eval_samples", 1, "--out", tmp_path / "run") == 0
+    tiny = ["--eval_samples", 1, "--prompts_per_step", 2, "--group_size", 2, "--max_new_tokens", 12]
+    assert run_script(script, "--steps", 2, *tiny, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
     assert "building the demo model once" in said
     table = [line.split() for line in said.splitlines()[-5:]]
     assert table[0] == ["held-out", "accuracy", "before", "after"] and table[1][0] == "alone" and table[2][:3] == ["with", "the", "strategy"]
     assert len(list((tmp_path / "cache").rglob("model.safetensors"))) == 1 and not list((tmp_path / "cache").rglob("unfinished*"))
-    assert run_script(script, "--steps", 0, "--eval_samples", 1, "--out", tmp_path / "again") == 0
+    assert run_script(script, "--steps", 0, *tiny, "--out", tmp_path / "again") == 0
     assert "building" not in capsys.readouterr().out  # from the cache
