@@ -103,7 +103,7 @@ def _read_flag_file(path: str, fields: dict) -> dict:
     for name, value in chosen.items():
         if name not in fields:
             refuse(f"{path}: unknown flag {name!r}; --help lists the flags")
-        kind = fields[name].type
+        kind = getattr(fields[name].type, "__origin__", fields[name].type)  # list[str] -> list
         accepted = (int, float, str) if kind in (int, float) else kind  # text too (YAML reads 1e-6 as such): the parser converts it
         if value is not None and (isinstance(value, bool) != (kind is bool) or not isinstance(value, accepted)):
             refuse(f"{path}: {name} must be of type {kind.__name__}, not {value!r}")
@@ -120,11 +120,18 @@ def check_flags(args: Any, at_least: dict[str, float]) -> None:
 # ---------------------------------------------------------------- rows
 
 DEFAULT_DATASET = "Elliott/Openr1-Math-46k-8192"
-HUB_SPLITS = {DEFAULT_DATASET: (None, "train")}  # hub id -> (config, split); every other id: its default config, split "train"
+BENCHMARKS = {  # name: hub id, config, split; any other id: its default config, split "train". `to_row` knows the columns
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),                        # problem, answer
+    "amc23": ("math-ai/amc23", None, "test"),                                   # question, answer
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),                       # problem, answer
+    "aime25": ("math-ai/aime25", None, "test"),                                 # problem, answer
+    "minerva": ("math-ai/minervamath", None, "test"),                           # question, answer
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),  # context + question, final_answer
+}
 
 
 def load_rows(source: str) -> list[dict]:
-    """Rows {"problem", "answer", "solution"?, "strategy"?, "id"} from a .jsonl or .parquet file or a hub data set.
+    """Rows {"problem", "answer", "solution"?, "strategy"?, "id"} from a .jsonl or .parquet file, a benchmark's name or a hub data set.
 
     Layouts: ours, LUFFY, DAPO, OpenR1/NuminaMath, MATH, GSM8K, OlympiadBench (see `to_row`). A bad row ends the program
     with the file and line named.
@@ -166,11 +173,11 @@ def _raw_rows(source: str) -> Iterator[tuple[str, dict]]:
             refuse(f"{source}: cannot be read as UTF-8 JSON lines ({error})")
         return
     import datasets  # only here: a local file must do without it
-    config, split = HUB_SPLITS.get(source, (None, "train"))
+    hub_id, config, split = BENCHMARKS.get(source) or next((e for e in BENCHMARKS.values() if e[0] == source), (source, None, "train"))
     try:
-        table = datasets.load_dataset(source, config, split=split)
+        table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # the hub client raises a dozen kinds; all mean that there is no data
-        refuse(f"--dataset {source}: neither a local file nor loadable from the hub ({type(error).__name__}: {error})")
+        refuse(f"{hub_id}: neither a local file nor loadable from the hub ({type(error).__name__}: {error})")
     yield from ((f"{source}, row {i}", raw) for i, raw in enumerate(table, 1))
 
 
@@ -191,7 +198,7 @@ def to_row(raw: dict) -> dict:
             solution = raw["target"][0]["content"]
     elif "final_answer" in raw:  # OlympiadBench
         problem = "\n".join(filter(None, [raw.get("context"), problem]))
-        answer, solution = raw["final_answer"], (raw.get("solution") or [None])[0]
+        answer, solution = (raw["final_answer"] or [None])[0], (raw.get("solution") or [None])[0]
     elif isinstance(answer, str) and "\n#### " in answer:  # GSM8K: the answer field holds the solution
         solution, answer = answer.rsplit("\n#### ", 1)
     if answer is None and isinstance(solution, str):  # MATH: the gold is the solution's box
@@ -314,15 +321,15 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def load_model(name: str, activation_checkpointing: bool = False):
-    """The causal LM of a hub id or local directory, in fp32 on the picked device.
+def load_model(name: str, activation_checkpointing: bool = False, dtype: torch.dtype = torch.float32):
+    """The causal LM of a hub id or local directory, on the picked device.
 
-    fp32 because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update away. Dropout is
-    off: the policy that is scored must be the policy that was sampled.
+    In fp32 where it is trained, because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update
+    away. Dropout is off: the policy that is scored must be the policy that was sampled.
     """
     path = str(demo_dir()) if name == "demo" else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         refuse(f"--model {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})")
     model.to(pick_device())
@@ -808,7 +815,7 @@ def demo_dir() -> Path:
 # although wrong gets learnt, so whatever is not understood is wrong, and every rule is general.
 _counts, _lock = Counter(), threading.Lock()
 MAX_TAIL, MAX_ANSWER, VERDICT_SECONDS = 20_000, 1_000, 4.7  # characters, characters, seconds of worker time for one verdict
-WORKERS = max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))       # each is 70 to 200 MB
+WORKERS = max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # each is 70 to 200 MB
 
 
 # ---- extraction
