@@ -303,36 +303,55 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_tokenizer(name: str):
+def model_path(name: str, flag: str = "--model") -> str:
+    """Hub id or directory to load from: the name itself, but for the built-in models, which are made at their first use."""
+    if flag == "--teacher" and name in DEMO_TEACHERS:
+        return str(demo_teacher_dir(name))
+    return str(demo_dir()) if flag == "--model" and name == "demo" else name
+
+
+def load_tokenizer(name: str, flag: str = "--model"):
     """The tokenizer of a hub id or local directory; a pad token is chosen where there is none."""
-    path = str(demo_dir()) if name == "demo" else name
-    if name != "demo" and not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        refuse(f"--model {name}: no such directory")
+    path = model_path(name, flag)
+    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        refuse(f"{flag} {name}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer("1 + 1 = 2").input_ids:  # a directory without one can give an empty shell
             raise ValueError("it has no vocabulary")
     except Exception as error:  # which of a dozen kinds depends on the missing file
-        refuse(f"--model {name}: no tokenizer can be loaded from it ({str(error).strip().splitlines()[0]}); save one beside the weights")
+        refuse(f"{flag} {name}: no tokenizer can be loaded from it ({str(error).strip().splitlines()[0]}); save one beside the weights")
     if tokenizer.eos_token_id is None:
-        refuse(f"--model {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        refuse(f"{flag} {name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: masks go by position, never by id
     return tokenizer
 
 
-def load_model(name: str, activation_checkpointing: bool = False, dtype: torch.dtype = torch.float32):
+def shared_vocabulary(tokenizer, other, name: str) -> int:
+    """How many ids two tokenizers share: the smaller length. Refused where one of them spells different strings.
+
+    Embedding tables are padded to widths that say nothing, so the tokenizers' lengths count. Reads no weight.
+    """
+    shared = min(len(tokenizer), len(other))
+    ours, theirs = (t.convert_ids_to_tokens(list(range(shared))) for t in (tokenizer, other))
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            refuse(f"--teacher {name}: its tokenizer is not the student's: token {i} is {a!r} to the student and {b!r} to the teacher")
+    return shared
+
+
+def load_model(name: str, activation_checkpointing: bool = False, flag: str = "--model", dtype: torch.dtype = torch.float32, device=None):
     """The causal LM of a hub id or local directory, on the picked device.
 
     In fp32 where it is trained, because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update
     away. Dropout is off: the policy that is scored must be the policy that was sampled.
     """
-    path = str(demo_dir()) if name == "demo" else name
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(model_path(name, flag), dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        refuse(f"--model {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})")
-    model.to(pick_device())
+        refuse(f"{flag} {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})")
+    model.to(device or pick_device())
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -343,26 +362,26 @@ def load_model(name: str, activation_checkpointing: bool = False, dtype: torch.d
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     model.eval()
-    _check_head(model, name)
+    _check_head(model, name, flag)
     return model
 
 
-def _check_head(model, name: str) -> None:
+def _check_head(model, name: str, flag: str = "--model") -> None:
     """We compute logits as hidden states x lm_head, in chunks: refuse a model that does something more (a soft cap, a scale)."""
     ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with torch.no_grad():
         ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
-        refuse(f"--model {name}: {type(model).__name__} changes its logits after lm_head, which these scripts do not support")
+        refuse(f"{flag} {name}: {type(model).__name__} changes its logits after lm_head, which these scripts do not support")
 
 
-def check_context(model_name: str, longest_prompt: int, max_new_tokens: int) -> None:
+def check_context(model_name: str, longest_prompt: int, max_new_tokens: int, flag: str = "--model") -> None:
     """Refuse completions that would run past the model's positions. Reads the config only."""
-    config = AutoConfig.from_pretrained(str(demo_dir()) if model_name == "demo" else model_name).get_text_config()
+    config = AutoConfig.from_pretrained(model_path(model_name, flag)).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context and longest_prompt + max_new_tokens > context:
-        refuse(f"--max_new_tokens {max_new_tokens} plus the longest prompt ({longest_prompt} tokens) exceeds the model's context of "
+        refuse(f"--max_new_tokens {max_new_tokens} plus the longest prompt ({longest_prompt} tokens) exceeds the {flag[2:]}'s context of "
                f"{context}; use at most --max_new_tokens {max(context - longest_prompt, 0)}")
 
 
@@ -476,7 +495,7 @@ def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Seque
 
     def chunk_of(*tensors: Tensor) -> tuple[Tensor, ...]:
         states, rest = tensors[:len(hiddens)], tensors[len(hiddens):]
-        return fn(*[head(h).float() / temperature for h in states], *rest)
+        return fn(*[head(h).float().div_(temperature) for h in states], *rest)
 
     size = max(VOCABULARY_CHUNK // head.weight.shape[0], 1)
     out = [checkpoint(chunk_of, *chunk, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else chunk_of(*chunk)
@@ -693,7 +712,10 @@ DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
-               "eval_samples": 2, "microbatch_tokens": 8192}
+               "eval_samples": 2, "microbatch_tokens": 8192, "teacher": "demo"}
+# The demo's teachers: what each writes where the student writes "=" and ";".
+DEMO_TEACHERS = {"demo": ">.", "demo-same-style": "=;"}
+DEMO_TEACHER_STEPS = 200
 
 
 def demo_recipe(args: Any) -> dict:
@@ -703,15 +725,15 @@ def demo_recipe(args: Any) -> dict:
     return {k: v for k, v in DEMO_RECIPE.items() if hasattr(args, k)}
 
 
-def demo_solution(choices: str, value: int) -> tuple[str, int]:
-    """The chain of steps that its choices make of a number, written out, and its result."""
+def demo_solution(choices: str, value: int, style: str = "=;") -> tuple[str, int]:
+    """The chain of steps that its choices make of a number, written out, and its result. `style`: the two signs between."""
     steps = []
     for pair, choice in zip(DEMO_CHOICES, choices, strict=True):
         op, n = pair[int(choice)][0], int(pair[int(choice)][1:])
         result = {"+": value + n, "-": value - n, "*": value * n}[op]
-        steps.append(f"{value}{op}{n}={result}")
+        steps.append(f"{value}{op}{n}{style[0]}{result}")
         value = result
-    return ";".join(steps) + f";\\boxed{{{value}}}", value
+    return style[1].join(steps) + f"{style[1]}\\boxed{{{value}}}", value
 
 
 def demo_strategy(kind: str, choices: str) -> str:
@@ -746,44 +768,28 @@ def demo_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_demo(folder: Path) -> None:
-    """Warm-start a tiny Qwen2 by SFT: it follows a strategy when given one and seldom finds the right one alone.
-
-    Half of the examples carry a strategy and follow it. The others carry none, and make each choice rightly with a
-    probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more.
-    """
-    rng = np.random.default_rng(0)
-    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
-    tokenizer = demo_tokenizer()
+def warm_start(folder: Path, tokenizer, batch: Callable[[], Iterator[tuple[list[int], list[int], int]]], steps: int, what: str,
+               lr: float = 3e-3, start: Path | None = None) -> None:
+    """A tiny Qwen2 (or the model in `start`) trained by SFT on what `batch()` gives: prompts, completions, where in each the loss begins."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, initializer_range=0.06, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).to(pick_device())
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None)) if start is None else Qwen2ForCausalLM.from_pretrained(start)
+    model.to(pick_device())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=DEMO_WARMUP_STEPS, pct_start=0.1)
-    train, _ = demo_rows()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     from tqdm import tqdm
-    print(f"building the demo model once, about a minute on two cores -> {folder}")
-    for _ in tqdm(range(DEMO_WARMUP_STEPS), desc="demo warm-up", disable=None):
-        prompts, completions = [], []
-        for i in rng.choice(len(train), 64):
-            row = train[i]
-            kind, number = row["problem"].split()
-            guided = rng.random() < 0.5
-            if guided:  # any strategy with any kind: it is to be followed, not looked up
-                choices = "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
-                strategy = demo_strategy(kind, choices)
-            else:
-                choices = "".join(c if rng.random() < lean[kind, j] else str(1 - int(c)) for j, c in enumerate(DEMO_KINDS[kind]))
-                strategy = None
-            prompts.append(build_prompt(tokenizer, row["problem"], "", strategy))
-            completions.append(tokenizer(demo_solution(choices, int(number))[0]).input_ids + [tokenizer.eos_token_id])
+    print(f"building the demo {what} once, a minute or two on two cores -> {folder}")
+    for _ in tqdm(range(steps), desc=f"demo {what}", disable=None):
+        prompts, completions, starts = zip(*batch())
         width = max(map(len, completions))
         ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=model.device)
-        mask = torch.arange(width, device=model.device) < torch.tensor([[len(c)] for c in completions], device=model.device)
+        places = torch.arange(width, device=model.device)
+        mask = places < torch.tensor([[len(c)] for c in completions], device=model.device)
+        taught = mask & (places >= torch.tensor([[start] for start in starts], device=model.device))
         logps, _ = completion_logps(model, prompts, ids, mask, 1.0)
-        loss = -logps.sum() / mask.sum()
+        loss = -(logps * taught).sum() / taught.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -793,20 +799,83 @@ def build_demo(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def demo_dir() -> Path:
-    """Directory of the demo model, built at the first call and kept in the user's cache under a name made of its recipe."""
-    source = "".join(inspect.getsource(f) for f in (build_demo, demo_solution, demo_strategy, demo_rows, demo_tokenizer, build_prompt))
-    digest = hashlib.sha256((source + repr((DEMO_CHOICES, DEMO_KINDS, DEMO_WARMUP_STEPS))).encode()).hexdigest()[:12]
+def build_demo(folder: Path) -> None:
+    """Warm-start a tiny Qwen2 by SFT: it follows a strategy when given one and seldom finds the right one alone.
+
+    Half of the examples carry a strategy and follow it. The others carry none, and make each choice rightly with a
+    probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more.
+    """
+    rng = np.random.default_rng(0)
+    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
+    tokenizer, (train, _) = demo_tokenizer(), demo_rows()
+
+    def sample(i: int) -> tuple[list[int], list[int], int]:
+        row = train[i]
+        kind, number = row["problem"].split()
+        if rng.random() < 0.5:  # any strategy with any kind: it is to be followed, not looked up
+            choices = "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
+            strategy = demo_strategy(kind, choices)
+        else:
+            choices = "".join(c if rng.random() < lean[kind, j] else str(1 - int(c)) for j, c in enumerate(DEMO_KINDS[kind]))
+            strategy = None
+        prompt = build_prompt(tokenizer, row["problem"], "", strategy)
+        return prompt, tokenizer(demo_solution(choices, int(number))[0]).input_ids + [tokenizer.eos_token_id], 0
+
+    warm_start(folder, tokenizer, lambda: map(sample, rng.choice(len(train), 64)), DEMO_WARMUP_STEPS, "model")
+
+
+def build_demo_teacher(folder: Path, style: str) -> None:
+    """A teacher for the demo: it goes on with ANY prefix that the student may write, rightly from there on and in its own style.
+
+    The student's text, whose choices are right or wrong by chance, is cut at a random token; the loss is on the rest alone. So the
+    teacher solves the problems and knows the right choice after the student's own words, but would never write its signs. It begins
+    as the student, which can calculate already.
+    """
+    rng = np.random.default_rng(1)
+    tokenizer, (train, _) = demo_tokenizer(), demo_rows()
+    ops = [tokenizer(op).input_ids[0] for pair in DEMO_CHOICES for op in pair]
+
+    def sample(i: int) -> tuple[list[int], list[int], int]:
+        kind, number = train[i]["problem"].split()
+        right, choices = DEMO_KINDS[kind], "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
+        students = tokenizer(demo_solution(choices, int(number))[0]).input_ids
+        cut = int(rng.integers(len(students) + 1)) if rng.random() < 0.8 else 0
+        made = sum(token in ops for token in students[:cut])  # choices that the student has made
+        choices = choices[:made] + right[made:]
+        students, own = (tokenizer(demo_solution(choices, int(number), s)[0]).input_ids + [tokenizer.eos_token_id] for s in ("=;", style))
+        mixed, slips = rng.choice([0.0, 0.5]), rng.choice([0.0, 0.1])  # a student on its way to the teacher's style mixes both, and slips
+        prefix = [b if rng.random() < mixed else a for a, b in zip(students[:cut], own)]
+        prefix = [int(rng.integers(len(tokenizer))) if rng.random() < slips else a for a in prefix]
+        return build_prompt(tokenizer, train[i]["problem"], ""), prefix + own[cut:], cut
+
+    warm_start(folder, tokenizer, lambda: map(sample, rng.choice(len(train), 64)), DEMO_TEACHER_STEPS, "teacher", 1e-3, demo_dir())
+
+
+def _built_once(name: str, recipe: Any, build: Callable[[Path], None]) -> Path:
+    """Directory of a built-in model, built at the first call and kept in the user's cache under a name made of its recipe."""
+    makers = (build_demo, build_demo_teacher, warm_start, demo_solution, demo_strategy, demo_rows, demo_tokenizer, build_prompt)
+    source = "".join(map(inspect.getsource, makers)) + repr((recipe, DEMO_CHOICES, DEMO_KINDS))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
-    final = cache / f"demo-{digest}"
+    final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if not final.exists():
-        unfinished = cache / f"unfinished-{os.getpid()}"
-        build_demo(unfinished)
+        unfinished = cache / f"unfinished-{name}-{os.getpid()}"
+        build(unfinished)
         try:
             unfinished.rename(final)
         except OSError:  # another process built it meanwhile
             shutil.rmtree(unfinished, ignore_errors=True)
     return final
+
+
+def demo_dir() -> Path:
+    """Directory of the demo's student."""
+    return _built_once("demo", DEMO_WARMUP_STEPS, build_demo)
+
+
+def demo_teacher_dir(name: str) -> Path:
+    """Directory of one of DEMO_TEACHERS."""
+    style = DEMO_TEACHERS[name]
+    return _built_once(f"{name}-teacher", (style, DEMO_TEACHER_STEPS), lambda folder: build_demo_teacher(folder, style))
 
 
 # ---------------------------------------------------------------- the math grader

@@ -123,11 +123,11 @@ def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-6) -
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
     """Eq. 1, -min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where clipping cut it off.
 
-    logps, old_logps, mask [n, C], advantages [n] -> loss [n, C], clipped [n, C]. Masked before exp: an overflow in a padded place
+    logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked before exp: an overflow in a padded place
     would make the gradient NaN. "Why is my ratio 1 and my loss 0?" On the first update after a rollout rho = 1 whatever the
     weights, and advantages sum to 0 in a group: the value says nothing, the gradient is A grad log pi all the same.
     """
-    A = advantages[:, None]
+    A = advantages.reshape(len(mask), -1)
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
     clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)

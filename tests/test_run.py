@@ -265,7 +265,8 @@ def blocks(script: str) -> dict[str, str]:
     return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
-SAME = {"sgpo": {"Rollout", "rollout", "group_advantages", "policy_loss", "token_weights", "evaluate"}}
+COMMON = {"Rollout", "rollout", "group_advantages", "policy_loss", "token_weights", "evaluate"}
+SAME = {"sgpo": COMMON, "tgpo": COMMON}
 
 
 @pytest.mark.parametrize("script", SAME)
