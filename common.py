@@ -712,7 +712,7 @@ DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
-               "eval_samples": 2, "microbatch_tokens": 8192, "teacher": "demo"}
+               "eval_samples": 2, "microbatch_tokens": 8192, "delta": 5.0, "teacher": "demo"}
 # The demo's teachers: what each writes where the student writes "=" and ";".
 DEMO_TEACHERS = {"demo": ">.", "demo-same-style": "=;"}
 DEMO_TEACHER_STEPS = 200
