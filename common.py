@@ -241,7 +241,8 @@ def usable_rows(rows: list[dict], encode: Callable[[dict], list[list[int]]], max
         if dropped:
             print(f"dropped {len(dropped)} of {len(rows)} rows with {why}, first: id {printable(dropped[0]['id'])}")
     if not kept:
-        refuse(f"none of the {len(rows)} rows is usable: {len(bad)} answers not parsable, {len(long)} prompts over --max_prompt_tokens {max_prompt_tokens}")
+        refuse(f"none of the {len(rows)} rows is usable: {len(bad)} answers not parsable, {len(long)} prompts over "
+               f"--max_prompt_tokens {max_prompt_tokens}")
     return kept, longest
 
 

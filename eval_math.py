@@ -32,8 +32,8 @@ from transformers.hf_argparser import HfArg
 
 import common
 from common import (BENCHMARKS, SYSTEM_PROMPT, build_prompt, check_context, check_flags, completion_mask, demo_recipe, demo_rows,
-                    extract_answer, generate, gold_is_gradable, grade_batch, grader_counts, load_model, load_rows, load_tokenizer, parse_args, pick_device,
-                    printable, refuse, say_table, seed_everything, stop_ids, usable_rows, versions, write_atomic)
+                    extract_answer, generate, gold_is_gradable, grade_batch, grader_counts, load_model, load_rows, load_tokenizer, parse_args,
+                    pick_device, printable, refuse, say_table, seed_everything, stop_ids, usable_rows, versions, write_atomic)
 
 
 # ---------------------------------------------------------------- flags

@@ -50,7 +50,7 @@ class Args:
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.28, help="ratio clipped above 1 + clip_high")
-    loss_type: str = HfArg(default="grpo", help="grpo: mean over a completion's tokens, then over rows; dapo: mean over all tokens; dr_grpo: sum over tokens / (rows x max_new_tokens)")
+    loss_type: str = HfArg(default="grpo", help="grpo: mean over a row's tokens, then rows; dapo: over all tokens; dr_grpo: sum / (rows x max_new_tokens)")
     scale_rewards: str = HfArg(default="group", help="divide centred rewards by the std of the group, of the batch, or none")
     # update
     lr: float = HfArg(default=1e-6, help="AdamW learning rate, constant after the warm-up")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Run, Watch, autocast, batch_of_step, build_prompt, check_context, check_flags,
-                    completion_hidden, completion_logps, completion_mask, demo_recipe, generate, grader_counts, load_model, load_problems, load_reward,
-                    load_tokenizer, microbatches, over_vocabulary, parse_args, peak_memory_gb, printable, refuse, rollout_copy, say_table,
+                    completion_hidden, completion_logps, completion_mask, demo_recipe, generate, grader_counts, load_model, load_problems,
+                    load_reward, load_tokenizer, microbatches, over_vocabulary, parse_args, peak_memory_gb, printable, refuse, rollout_copy, say_table,
                     score, seed_everything, stop_ids, sync_rollout_copy, usable_rows)
 
 # Letters: B problems of a step, G samples a problem, N rows (problems x samples), P prompt, C completion, V vocabulary.
@@ -51,13 +51,13 @@ class Args:
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.28, help="ratio clipped above 1 + clip_high")
-    loss_type: str = HfArg(default="grpo", help="grpo: mean over a completion's tokens, then over rows; dapo: mean over all tokens; dr_grpo: sum over tokens / (rows x max_new_tokens)")
+    loss_type: str = HfArg(default="grpo", help="grpo: mean over a row's tokens, then rows; dapo: over all tokens; dr_grpo: sum / (rows x max_new_tokens)")
     scale_rewards: str = HfArg(default="group", help="divide centred rewards by the std of the group, of the batch, or none")
     autonomous_grpo: bool = HfArg(default=True, help="ablation: --no_autonomous_grpo leaves the distillation alone")
     # strategy distillation
     distill: str = HfArg(default="forward_kl", help="forward_kl; ablations: reverse_kl, sft (plain SFT on the target), none (no guided samples)")
     target: str = HfArg(default="reachable", help="reachable (Eq. 4); ablation: all (average over all correct guided samples, Eq. 2)")
-    delta: float = HfArg(default=1.0, help="tokens with a KL above this are masked (Eq. 5); inf: no clipping; with --target all: no proximal constraint")
+    delta: float = HfArg(default=1.0, help="tokens with a KL above this are masked (Eq. 5); inf: none; with --target all: no proximal constraint")
     weight: str = HfArg(default="adaptive", help="alpha(q): adaptive (Eq. 6); ablations: fixed, group_advantage")
     alpha0: float = HfArg(default=0.5, help="Eq. 6, scale")
     gamma: float = HfArg(default=0.1, help="Eq. 6, smoothing of the pass rates")
@@ -392,8 +392,8 @@ def main() -> None:
     fast = rollout_copy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
-    print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size * (args.distill != 'none')} guided) samples, "
-          f"{args.steps} steps -> {run.dir}")
+    print(f"{len(rows)} problems, {args.prompts_per_step} a step x ({args.group_size} + {args.guided_group_size * (args.distill != 'none')} guided) "
+          f"samples, {args.steps} steps -> {run.dir}")
     bar = tqdm(total=args.steps, initial=finished, desc="training", unit="step", disable=None)
     watch = Watch(bar)
     if eval_rows and not run.evaluations():

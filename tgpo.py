@@ -63,7 +63,7 @@ class Args:
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="ratio clipped above 1 + clip_high")
-    loss_type: str = HfArg(default="dapo", help="grpo: mean over a completion's tokens, then over rows; dapo: mean over all tokens; dr_grpo: sum over tokens / (rows x max_new_tokens)")
+    loss_type: str = HfArg(default="dapo", help="grpo: mean over a row's tokens, then rows; dapo: over all tokens; dr_grpo: sum / (rows x max_new_tokens)")
     scale_rewards: str = HfArg(default="group", help="divide centred rewards by the std of the group, of the batch, or none")
     reward_weight: float = HfArg(default=None, help="times the advantage; 0: distillation without reward (default: 0 for rkl and reverse-kl, else 1)")
     entropy_bonus: float = HfArg(default=0.0, help="times the mean entropy, subtracted from the loss (the authors' code: 0.001)")
@@ -499,7 +499,8 @@ def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: A
 
 @torch.no_grad()
 def measure(model, fast, teacher: Teacher, tokenizer, problems: list[dict], eos: list[int], args: Args) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rollouts of `problems` (equal ones side by side) -> for each distinct problem its tokens [M, 8] (`divergences`) and rollouts [n, 2] (length, truncated)."""
+    """Rollouts of `problems` (equal ones side by side) -> for each distinct problem its tokens [M, 8] (see `divergences`) and rollouts
+    [n, 2] (length, truncated)."""
     seed_everything(args.seed, 2 ** 31 + 1)
     tokens, rollouts = defaultdict(list), defaultdict(list)
     for some in np.array_split(np.arange(len(problems)), -(-len(problems) // args.eval_batch_size)):
