@@ -291,7 +291,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
         rows = share.flatten().tolist()
         weights = torch.zeros(N, device=device)
         weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens)
-        for batch in cut([i for i in rows if i in set(live)]):
+        for batch in cut(sorted(set(rows) & set(live))):
             logps, entropy, mask = logps_of(batch)
             old = logps.detach() if args.updates_per_rollout == 1 else old_logps[batch, :mask.shape[1]]
             loss, clipped = policy_loss(logps, old, advantages[batch], mask, args.clip_low, args.clip_high)

@@ -425,7 +425,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens)
         taught_weights = torch.zeros(N, device=device)
         taught_weights[rows] = token_weights(taught[rows], args.loss_type, args.max_new_tokens)
-        for batch in cut([i for i in rows if i in set(live)]):
+        for batch in cut(sorted(set(rows) & set(live))):
             mask, logps, entropy, *more = scores_of(batch)
             width, A = mask.shape[1], advantages[batch]
             old, *old_more = [x.detach() for x in (logps, *more[:2])] if args.updates_per_rollout == 1 else old_scores[:, batch, :width]
