@@ -738,7 +738,7 @@ def demo_solution(choices: str, value: int, style: str = "=;") -> tuple[str, int
 
 
 def demo_strategy(kind: str, choices: str) -> str:
-    """The its choices named, in the paper's three parts."""
+    """The choices named, in the paper's three parts."""
     return f"Type: {kind}. Strategy: chain. Steps: {', '.join(pair[int(c)] for pair, c in zip(DEMO_CHOICES, choices, strict=True))}."
 
 

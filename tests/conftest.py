@@ -1,6 +1,5 @@
 """Fixtures: small models with tokenizers of their own, a place for optional real problems, and in-process runs of the scripts."""
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # optional folder with real benchmark problems; tests that want it skip when it is not there
 sys.path.insert(0, str(ROOT))
-
-import common  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

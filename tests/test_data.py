@@ -4,7 +4,7 @@ import json
 import pytest
 
 import common
-from conftest import SHARED, small_tokenizer, write_rows
+from conftest import SHARED, small_tokenizer
 
 BOXED = "So it is $\\boxed{\\frac{1}{2}}$."
 LAYOUTS = {

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import common
-import test_run
 import tgpo
 from conftest import read_jsonl, small_model, small_tokenizer, stripped, write_rows
 from test_equations import numeric_grad, reference_grpo, softmax
