@@ -5,12 +5,14 @@ Letters used throughout: N rows (problems x samples), P prompt, C completion, T 
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import random
@@ -22,38 +24,141 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+import warnings
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
-from itertools import accumulate
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Callable, Iterator, Mapping, NoReturn, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import InferenceClient
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria)
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, get_cosine_schedule_with_warmup)
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
 hf_logging.disable_progress_bar()
 
 
 # ---------------------------------------------------------------- refusals and text on the screen
 
-def refuse(message: str) -> NoReturn:
-    """Every input that is not accepted ends here: one line on stderr, exit code 2, no traceback."""
-    print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
+def refuse(message: str, alone: bool = False) -> NoReturn:
+    """Every input that is not accepted ends here: one line on stderr, exit code 2, no traceback.
+
+    Of several processes, which all come here with the same message, the first says it; `alone`: only this one comes here.
+    """
+    if rank() == 0 or alone:
+        print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
     raise SystemExit(2)
 
 
 def printable(text: str) -> str:
     """Model and data text made safe for a terminal: control, bidi and other invisible characters are escaped."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+# ---------------------------------------------------------------- processes
+
+def start_processes() -> None:
+    """Join the processes that torchrun has started. Without torchrun this is the only one, and there is no group."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # No time limit of its own: ranks wait long for each other's rollouts, and torchrun ends all when one dies.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # the first one speaks for all
+        sys.excepthook = _one_message
+
+
+def _one_message(kind, error, traceback) -> None:
+    """Uncaught error of one of several processes. When another has died, each lost connection would print a traceback of its own."""
+    if isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection|peer", str(error)):
+        if rank() == 0:
+            print("error: another process has died; its own message says why. Go on from the last checkpoint with --resume", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def dealt(items):
+    """This process's share of a list or tensor: every world()-th item, so that equal shares stay equal however they are cut later."""
+    return items[rank()::world()]
+
+
+def everyones(value: Any) -> list:
+    """The value of every process, in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gathered(share: Tensor) -> Tensor:
+    """The inverse of `dealt`: the rows [b, ...] that each process has -> all rows [B, ...], on the CPU."""
+    shares = everyones(share.cpu())
+    if len(shares) == 1:
+        return shares[0]
+    rows = share.new_empty(sum(map(len, shares)), *share.shape[1:], device="cpu")
+    for r, part in enumerate(shares):
+        rows[r::len(shares)] = part
+    return rows
+
+
+def summed(counts: Mapping[str, float]) -> defaultdict:
+    """Counts of all processes, added."""
+    totals = defaultdict(float)
+    for part in everyones(dict(counts)):
+        for name, value in part.items():
+            totals[name] += value
+    return totals
+
+
+def in_step(batches: list[list[int]]) -> list[list[int]]:
+    """As many micro-batches as the process that has most of them: FSDP2's gathering wants all to do as many passes. An empty one costs one token."""
+    return batches + [[]] * (max(everyones(len(batches))) - len(batches))
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in all."""
+    return everyones(value)[0]
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def progress(total: int, initial: int = 0, **more) -> tqdm:
+    """A bar on the first process's terminal."""
+    return tqdm(total=total, initial=initial, disable=None if rank() == 0 else True, **more)
 
 
 # ---------------------------------------------------------------- flags
@@ -247,11 +352,18 @@ def usable_rows(rows: list[dict], encode: Callable[[dict], list[list[int]]], max
 
 
 def load_problems(args: Any) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and held-out rows (maybe none): from --dataset and --eval_dataset, or the demo's own."""
+    """Rows to train on and held-out rows (maybe none): from --dataset and --eval_dataset, or the demo's own.
+
+    Of a larger data set --max_rows are drawn by the seed, as SGPO's paper draws 8.5K of 46K.
+    """
     if args.model == "demo" and args.dataset is None:
         train, held_out = demo_rows()
     else:
         train, held_out = load_rows(args.dataset or DEFAULT_DATASET), []
+    if 0 < args.max_rows < len(train):
+        drawn = np.random.default_rng([args.seed, 2 ** 31]).choice(len(train), args.max_rows, replace=False)
+        print(f"{args.max_rows} of {len(train)} rows, drawn by --seed {args.seed} (--max_rows)")
+        train = [train[i] for i in sorted(drawn)]
     return train, load_rows(args.eval_dataset) if args.eval_dataset else held_out
 
 
@@ -266,8 +378,8 @@ def batch_of_step(n_rows: int, step: int, size: int, seed: int) -> list[int]:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed every RNG from (seed, step): nothing of their state has to be saved for an exact resume."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    """Seed every RNG from (seed, step), differently in each process: nothing of their state has to be saved for an exact resume."""
+    seed = int(np.random.SeedSequence(key, spawn_key=(rank(),) if rank() else ()).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -342,29 +454,154 @@ def shared_vocabulary(tokenizer, other, name: str) -> int:
     return shared
 
 
-def load_model(name: str, activation_checkpointing: bool = False, flag: str = "--model", dtype: torch.dtype = torch.float32, device=None):
-    """The causal LM of a hub id or local directory, on the picked device.
+def load_model(name: str, flag: str = "--model", dtype: torch.dtype = torch.float32, device=None):
+    """The causal LM of a hub id or local directory, on the picked device, for reading and sampling; `load_policy` is for training.
 
-    In fp32 where it is trained, because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update
-    away. Dropout is off: the policy that is scored must be the policy that was sampled.
+    Dropout is off: the policy that is scored must be the policy that was sampled.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(model_path(name, flag), dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        refuse(f"{flag} {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})")
+        refuse(f"{flag} {name}: no causal language model can be loaded from it ({str(error).strip().splitlines()[0]})", alone=True)
     model.to(device or pick_device())
+    _without_dropout(model)
+    _check_head(model, name, flag)
+    return model.eval()
+
+
+def _without_dropout(model) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+
+
+def load_policy(name: str, flag: str = "--model", trained: bool = True, activation_checkpointing: bool = False, cpu_offload: bool = False):
+    """The model of a hub id or local directory, spread over all processes by FSDP2.
+
+    Trained in fp32 shards, because these are the optimizer's masters: at lr 1e-6 a bf16 weight rounds almost every update away. On CUDA it computes in
+    bf16 and adds gradients up in fp32. With `cpu_offload` shards, gradients and optimizer stay in CPU memory. One process on a CPU needs none of
+    this and gets the plain model. Read-only models (`trained` False) are bf16 on CUDA. The first process reads the weights and hands them out.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu and not trained else torch.float32
+    plain = load_model(name, flag, dtype, "cpu") if rank() == 0 else None
+    start = [(k, tuple(p.shape), p.flatten()[:64].tolist()) for k, p in plain.named_parameters()] if plain else None
+    model = _sharded(plain, name, flag, dtype, cpu_offload) if dist.is_initialized() or on_gpu else plain
+    model.fingerprint = from_first(start and hashlib.sha256(repr(start).encode()).hexdigest())  # tells whether two runs start from the same weights
     if activation_checkpointing:
         # renamed in transformers 5.23
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
-    model.eval()
-    _check_head(model, name, flag)
+    return model.requires_grad_(trained).eval()
+
+
+def _sharded(plain, name: str, flag: str, dtype: torch.dtype, cpu_offload: bool):
+    if not dist.is_initialized():  # one process, one GPU: FSDP2 still wants a group
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    device = pick_device()
+    config = AutoConfig.from_pretrained(model_path(name, flag))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    _without_dropout(model)
+    settings = {"mesh": init_device_mesh(device.type, (world(),)), "reshard_after_forward": world() > 1 or cpu_offload}
+    if device.type == "cuda":
+        settings |= {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+        if cpu_offload:
+            settings |= {"offload_policy": CPUOffloadPolicy()}
+    for layer in _layers(model):
+        fully_shard(layer, **settings)
+    fully_shard(model, **{**settings, "reshard_after_forward": False})  # embedding and head: used at both ends of a pass
+    for module in _shards(model):
+        module.set_gradient_divide_factor(1.0)  # our normalisers are global already: gradients are added, not averaged
+        module.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device="cpu" if cpu_offload and device.type == "cuda" else device)
+    set_model_state_dict(model, plain.state_dict() if plain else {}, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = from_first({k: v.cpu() for k, v in plain.named_buffers()} if plain else None)
+    for path, buffer in buffers.items():
+        owner, _, leaf = path.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=leaf not in model.get_submodule(owner)._non_persistent_buffers_set)
+    model.generation_config = from_first(plain.generation_config if plain else None)
+    model.as_forward = lambda fn: fn()
+    register_fsdp_forward_method(model, "as_forward")
     return model
+
+
+def _layers(model) -> torch.nn.ModuleList:
+    """The stack of decoder layers, where most of the weights are."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=lambda m: sum(p.numel() for p in m.parameters()))
+
+
+def _shards(model) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def device_of(model) -> torch.device:
+    """Where a model computes; its shards may rest in CPU memory."""
+    return pick_device() if isinstance(model, FSDPModule) else model.device
+
+
+def as_forward(model, fn: Callable[[], Any]) -> Any:
+    """fn() as one forward pass of a sharded model, so that FSDP2 gathers what it uses and reduces its gradients. A plain model just calls it."""
+    return model.as_forward(fn) if isinstance(model, FSDPModule) else fn()
+
+
+def within_memory(accumulate: Callable[[], Any], optimizer, args: Any) -> Any:
+    """accumulate() and, should the GPU's memory not do, once more with half of --microbatch_tokens, which stays so."""
+    try:
+        return accumulate()
+    except torch.OutOfMemoryError:
+        if world() > 1:  # the others are in the middle of a pass
+            refuse(f"out of GPU memory with --microbatch_tokens {args.microbatch_tokens}: lower it and --resume", alone=True)
+    optimizer.zero_grad()
+    torch.cuda.empty_cache()
+    args.microbatch_tokens //= 2
+    print(f"out of GPU memory: going on with --microbatch_tokens {args.microbatch_tokens}")
+    try:
+        return accumulate()
+    except torch.OutOfMemoryError:
+        refuse(f"out of GPU memory with --microbatch_tokens {args.microbatch_tokens}, half of what was asked for: --resume with "
+               "--activation_checkpointing, --cpu_offload or a smaller --max_new_tokens")
+
+
+@contextmanager
+def rollout_weights(model) -> Iterator[torch.nn.Module]:
+    """The whole model for `generate`, as it is now, in the precision in which it computes (bf16 on CUDA: half the bytes to read a token).
+
+    A plain module without FSDP2's hooks on the gathered weights, so that processes may write different numbers of tokens.
+    """
+    if not isinstance(model, FSDPModule):
+        yield model
+        return
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+    for module in _shards(model):
+        module.unshard()
+    whole.load_state_dict({k: v.detach() for k, v in model.named_parameters(remove_duplicate=False)} | {
+        k: v for k, v in model.named_buffers() if k in whole.state_dict()}, assign=True)
+    for path, buffer in model.named_buffers():
+        owner, _, leaf = path.rpartition(".")
+        setattr(whole.get_submodule(owner), leaf, buffer)
+    whole.generation_config = model.generation_config
+    try:
+        yield whole.requires_grad_(False).eval()
+    finally:
+        for module in _shards(model):
+            module.reshard()
+
+
+def whole_state(model) -> dict[str, Tensor]:
+    """All weights, in the first process's CPU memory; {} in the others."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict()
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def clip_gradients(model, max_norm: float) -> float:
+    """Scale the gradient to at most this norm -> its norm before, over all processes."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def _check_head(model, name: str, flag: str = "--model") -> None:
@@ -374,16 +611,102 @@ def _check_head(model, name: str, flag: str = "--model") -> None:
         ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = model(input_ids=ids, use_cache=False).logits
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
-        refuse(f"{flag} {name}: {type(model).__name__} changes its logits after lm_head, which these scripts do not support")
+        refuse(f"{flag} {name}: {type(model).__name__} changes its logits after lm_head, which these scripts do not support", alone=True)
+
+
+def context_length(model_name: str, flag: str = "--model") -> int:
+    """Positions that the model has, from its config alone."""
+    config = AutoConfig.from_pretrained(model_path(model_name, flag)).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def check_context(model_name: str, longest_prompt: int, max_new_tokens: int, flag: str = "--model") -> None:
-    """Refuse completions that would run past the model's positions. Reads the config only."""
-    config = AutoConfig.from_pretrained(model_path(model_name, flag)).get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if context and longest_prompt + max_new_tokens > context:
+    """Refuse completions that would run past the model's positions."""
+    context = context_length(model_name, flag)
+    if longest_prompt + max_new_tokens > context:
         refuse(f"--max_new_tokens {max_new_tokens} plus the longest prompt ({longest_prompt} tokens) exceeds the {flag[2:]}'s context of "
                f"{context}; use at most --max_new_tokens {max(context - longest_prompt, 0)}")
+
+
+def memory_needs(config, samples: int, prompt: int, completion: int, microbatch_tokens: int, on_gpu: bool, processes: int = 1,
+                 activation_checkpointing: bool = False, cpu_offload: bool = False, teacher=None) -> dict[str, float]:
+    """Bytes that one process takes for a step, from the configs alone; `peak` on the device where it computes, `host` what rests in CPU memory.
+
+    `samples` completions of `completion` tokens are written at once behind prompts of at most `prompt`. Fitted to measured peaks on CPUs (README).
+    """
+    def parameters(config) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+    text, total, size = config.get_text_config(), parameters(config), 2 if on_gpu else 4  # bytes of a computed number
+    d, f, layers, vocabulary = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
+    head = getattr(text, "head_dim", None) or d // text.num_attention_heads
+    q, kv = head * text.num_attention_heads, head * text.num_key_value_heads
+    layer = size * (6 * d + 2 * q + 2 * kv + 4 * f) + 4 * d * on_gpu  # what backward wants of a token and layer
+    tokens = max(min(microbatch_tokens, samples * (prompt + completion)), prompt + completion)
+    chunk = 4 * min(VOCABULARY_CHUNK, tokens * vocabulary)
+    share = total / processes
+    needs = {"weights, gradients, Adam": 16 * share, "weights gathered for rollouts": 2 * total * on_gpu,
+             "key-value cache": 1.4 * samples * (prompt + completion) * 2 * layers * kv * size, "logits of a rollout": samples * vocabulary * 24,
+             "activations": tokens * (layers * size * d + 3 * layer if activation_checkpointing else (layers + 1.5) * layer), "vocabulary head": 4 * chunk + (size + 2) * vocabulary * d,
+             "teacher": 2 * (2 - on_gpu) * parameters(teacher) / processes if teacher else 0.0, "host": 0.0, "base": 0.42e9}
+    if on_gpu:  # what FSDP2 has gathered at once: embedding, head, two layers, and their gradients
+        needs["activations"] += 4 * (total - vocabulary * d) / layers * 2 + 4 * vocabulary * d
+    if cpu_offload:
+        needs |= {"host": needs["weights, gradients, Adam"], "weights, gradients, Adam": 0.0}
+    resting = needs["weights, gradients, Adam"] + needs["teacher"] + needs["base"]
+    rollout = needs["weights gathered for rollouts"] + needs["key-value cache"] + needs["logits of a rollout"] - (0 if cpu_offload else 4 * share)  # no gradients yet
+    return needs | {"peak": resting + max(rollout, needs["activations"] + needs["vocabulary head"]),
+                    "least": resting + max(rollout - needs["key-value cache"] * (1 - 1 / samples), needs["activations"] + needs["vocabulary head"])}
+
+
+def memory_here() -> tuple[float, float]:
+    """Bytes of this process's GPU (0 without one) and of CPU memory that is free, as far as a container lets us."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() else 0.0
+    free = float(re.search(r"MemAvailable: +([0-9]+)", Path("/proc/meminfo").read_text())[1]) * 1024 if os.path.exists("/proc/meminfo") else float("inf")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    return gpu, min(free, float(limit.read_text()) if limit.exists() and limit.read_text().strip().isdigit() else free)
+
+
+def gigabytes(n: float) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"
+
+
+def fit_memory(args: Any, samples: int, longest_prompt: int, gpu: float | None = None, host: float | None = None) -> str:
+    """Before any weight is loaded: switch --activation_checkpointing and --cpu_offload on where they are left open and memory asks for them -> the
+    plan's line, or a refusal that says what would fit. `gpu` and `host`: bytes that are there, this machine's if not given."""
+    here = from_first(memory_here())
+    gpu, host = here[0] if gpu is None else gpu, here[1] if host is None else host
+    config, teacher = AutoConfig.from_pretrained(model_path(args.model)), None
+    if getattr(args, "teacher", None) and not args.teacher_device:
+        teacher = AutoConfig.from_pretrained(model_path(args.teacher, "--teacher"))
+
+    def needs(processes: int = world(), microbatch_tokens: int = args.microbatch_tokens, **way: bool) -> dict[str, float]:
+        return memory_needs(config, -(-samples // processes), longest_prompt, args.max_new_tokens, microbatch_tokens, gpu > 0, processes, teacher=teacher, **way)
+
+    def fits(**chosen) -> bool:
+        need, beside = needs(**chosen), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return need["least"] <= 0.95 * gpu and need["host"] * beside <= host if gpu else need["least"] * beside <= host
+
+    flags = {"cpu_offload": args.cpu_offload if gpu else False, "activation_checkpointing": args.activation_checkpointing}
+    choices = [[False, True] if value is None else [value] for value in flags.values()]
+    ways = [dict(zip(flags, values)) for values in itertools.product(*choices)]  # the cheapest first
+    way = next((way for way in ways if fits(**way)), ways[-1])
+    need = needs(**way)
+    parts = ", ".join(f"{gigabytes(need[name])} {name}" for name in list(need)[:7] if need[name])
+    line = (f"{gigabytes(need['peak'])} a process" + f" and {gigabytes(need['host'])} of host memory" * bool(need["host"]) + f" at most ({parts}); here: "
+            + f"{gigabytes(gpu)} GPU, " * bool(gpu) + f"{gigabytes(host)} host")
+    if not fits(**way):
+        fewer = [f"--microbatch_tokens {n}" for n in (args.microbatch_tokens // 2 ** k for k in range(1, 15)) if n >= 256 and fits(microbatch_tokens=n, **way)]
+        more = [f"torchrun --nproc-per-node {n}" for n in (2, 4, 8, 16, 32, 64) if gpu and n > world() and fits(processes=n, **way)]
+        advice = " or ".join(fewer[:1] + more[:1] + [f"--{flag}" for flag, value in flags.items() if value is False and gpu])
+        line = f"--model {args.model} needs {line}; {'try ' + advice if advice else 'take a smaller model, --max_new_tokens or a larger machine'}"
+        return f"DOES NOT FIT: {line}" if args.dry_run else refuse(line)
+    for flag, value in way.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+            line += f"; --{flag}" * value
+    return line
 
 
 def stop_ids(model, tokenizer) -> list[int]:
@@ -393,23 +716,6 @@ def stop_ids(model, tokenizer) -> list[int]:
         more = getattr(config, "eos_token_id", None)
         ids += more if isinstance(more, (list, tuple)) else [more]
     return sorted({i for i in ids if i is not None})
-
-
-def rollout_copy(model):
-    """The model to generate with: on CUDA a bf16 copy (half the bytes to read a token, no autocast), else the model itself."""
-    if model.device.type != "cuda":
-        return model
-    fast = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16, attn_implementation="sdpa").to(model.device)
-    fast.generation_config = model.generation_config
-    return fast.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def sync_rollout_copy(fast, model) -> None:
-    """Copy the training weights into the rollout copy, rounding to its dtype."""
-    if fast is not model:
-        for to, source in zip(fast.state_dict().values(), model.state_dict().values(), strict=True):
-            to.copy_(source)
 
 
 @torch.no_grad()
@@ -461,9 +767,11 @@ def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def autocast(device: torch.device):
-    """bf16 mixed precision on CUDA, plain fp32 elsewhere."""
-    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda")
+def padded(completions: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Lists of ids -> ids [n, C], 0 behind their ends, and mask [n, C]."""
+    width = max(map(len, completions), default=1)
+    ids = torch.tensor([c + [0] * (width - len(c)) for c in completions], device=device, dtype=torch.long).view(-1, width)
+    return ids, torch.arange(width, device=device) < torch.tensor([len(c) for c in completions], device=device)[:, None]
 
 
 def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
@@ -472,12 +780,12 @@ def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask
     Rows are laid out prompt + completion, padded on the RIGHT only: causal attention never looks there, so no attention mask is
     needed and sdpa takes its fast path. Token t of the completion is predicted at position P + t - 1.
     """
-    lengths = mask.sum(1).tolist()
+    lengths, device = mask.sum(1).tolist(), device_of(model)
     rows = [p + c[:n] for p, c, n in zip(prompts, completions.tolist(), lengths, strict=True)]
-    width = max(map(len, rows)) - 1  # the last token predicts nothing
-    ids = torch.tensor([(r + [0] * width)[:width] for r in rows], device=model.device)
+    width = max(map(len, rows), default=2) - 1  # the last token predicts nothing
+    ids = torch.tensor([(r + [0] * width)[:width] for r in rows or [[]]], device=device)  # no row: one token, of which nothing is returned
     row, t = mask.nonzero(as_tuple=True)
-    starts = torch.tensor([len(p) for p in prompts], device=model.device)
+    starts = torch.tensor([len(p) for p in prompts], device=device, dtype=torch.long)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[row, starts[row] + t - 1]
 
@@ -514,9 +822,119 @@ def log_prob_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def completion_logps(model, prompts: list[list[int]], completions: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """log pi(token) and entropy [n, C] of every real completion token, 0 where the mask is False."""
-    hidden = completion_hidden(model, prompts, completions, mask)
-    flat = over_vocabulary(log_prob_and_entropy, model, [hidden], [completions[mask]], temperature)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        hidden = completion_hidden(model, prompts, completions, mask)
+        return over_vocabulary(log_prob_and_entropy, model, [hidden], [completions[mask]], temperature)
+
+    flat = as_forward(model, forward)
     return tuple(torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x) for x in flat)
+
+
+# ---------------------------------------------------------------- SFT warm-up
+
+def sft_example(tokenizer, row: dict, system_prompt: str) -> tuple[list[int], list[int]]:
+    """Prompt and completion ids of a row with a solution. The end token belongs to the completion: it is taught too."""
+    return build_prompt(tokenizer, row["problem"], system_prompt), tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def warmup_split(rows: list[dict], tokenizer, args: Any) -> tuple[list[dict], list[dict]]:
+    """--warmup_frac of the rows that have a solution, drawn by the seed, for the SFT warm-up, and all other rows for RL: none is in both.
+
+    Solutions longer than --max_new_tokens stay out of the warm-up: who learns to write that much never gets to the end in RL.
+    """
+    solved = [i for i, row in enumerate(rows) if "solution" in row]
+    wanted, taken, long = round(args.warmup_frac * len(solved)), set(), 0
+    for i in np.random.default_rng([args.seed, 2 ** 31 + 1]).permutation(solved).astype(int).tolist():
+        if len(taken) == wanted:
+            break
+        if len(sft_example(tokenizer, rows[i], args.system_prompt)[1]) <= args.max_new_tokens:
+            taken.add(i)
+        else:
+            long += 1
+    if len(taken) < max(wanted, 2):  # the least is one row to learn from and one to validate with
+        taken = taken if len(taken) > 1 else set()
+        if wanted:
+            print(f"warm-up: {len(taken)} problems where {wanted} were wanted; {long} solutions are longer than --max_new_tokens {args.max_new_tokens}")
+    if len(taken) == len(rows) and args.steps:
+        refuse(f"--warmup_frac {args.warmup_frac} leaves no problem for RL: lower it, or give --steps 0 for the SFT baseline")
+    return [rows[i] for i in sorted(taken)], [row for i, row in enumerate(rows) if i not in taken]
+
+
+def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
+    """SFT before RL, as in SGPO's paper: the weights with the lowest validation loss are left in the model and in <run>/warmup/.
+
+    AdamW; --warmup_lr is reached linearly over the first tenth of the steps and falls to 0 on a cosine; the loss is the mean over all response
+    tokens of a batch. A random tenth of the rows validates after each epoch. A run beside this one that has had the very same warm-up (rows,
+    start, seed, flags) lends its result, so that methods are compared from the same weights. A killed warm-up goes on after its last whole epoch.
+    """
+    if not rows or run.checkpoints():
+        return
+    prompts, completions = zip(*[sft_example(tokenizer, row, args.system_prompt) for row in rows])
+    settings = {name: getattr(args, name) for name in ("seed", "warmup_lr", "warmup_batch_size", "warmup_epochs", "weight_decay", "max_grad_norm")}
+    key = hashlib.sha256(repr((prompts, completions, settings, model.fingerprint)).encode()).hexdigest()
+    final, best, unfinished = run.dir / "warmup", run.dir / "warmup.best", run.dir / "warmup.state"
+    lender = from_first(next((f.parent for f in sorted(run.dir.parent.glob("*/warmup/warmup.json")) if key in f.read_text()), None))
+    if lender:
+        load_weights(lender, model)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        print(f"warm-up: the weights of {lender}, which had the same one")
+        return
+    order = np.random.default_rng([args.seed, 2 ** 31 + 2]).permutation(len(rows))
+    held_out, train = np.split(order, [max(1, round(len(rows) / 10))])
+    per_epoch, device = -(-len(train) // args.warmup_batch_size), device_of(model)
+
+    def loss_of(chosen: Sequence[int], learn: bool) -> float:
+        """Mean -log pi of the response tokens of the rows, its gradient accumulated over micro-batches where `learn`."""
+        tokens, mine, value = sum(len(completions[i]) for i in chosen), dealt(chosen), 0.0
+        for some in in_step(microbatches([len(prompts[i]) + len(completions[i]) for i in mine], args.microbatch_tokens)):
+            batch = [mine[k] for k in some]
+            ids, mask = padded([completions[i] for i in batch], device)
+            with torch.set_grad_enabled(learn):
+                loss = -completion_logps(model, [prompts[i] for i in batch], ids, mask, 1.0)[0].sum() / tokens
+            if learn:
+                loss.backward()
+            value += loss.item()
+        return sum(everyones(value))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.warmup_lr, weight_decay=args.weight_decay)
+    steps = per_epoch * args.warmup_epochs
+    shape = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps).lr_lambdas[0]  # a function of the step alone
+    losses = [{"epoch": 0, "validation": loss_of(held_out, False)}]
+    if unfinished.exists():
+        losses = json.loads(load_state(unfinished, model, optimizer, losses="")["losses"])
+    bar = progress(steps, per_epoch * (len(losses) - 1), desc="warm-up", unit="step")
+    watch = Watch(bar)
+    for epoch in range(len(losses), args.warmup_epochs + 1):
+        model.train()
+        shuffled, seen = train[np.random.default_rng([args.seed, 2 ** 31 + 2, epoch]).permutation(len(train))], 0.0
+        for k, batch in enumerate(np.array_split(shuffled, per_epoch)):
+            for group in optimizer.param_groups:
+                group["lr"] = args.warmup_lr * shape((epoch - 1) * per_epoch + k)
+            seen += loss_of(batch, True) / per_epoch
+            clip_gradients(model, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if watch.agreed():
+                bar.close()
+                run.stop(f"in epoch {epoch} of the warm-up")
+        model.eval()
+        losses.append({"epoch": epoch, "train": seen, "validation": loss_of(held_out, False)})
+        bar.set_postfix_str(f"loss {seen:.3f}, validation {losses[-1]['validation']:.3f}")
+        if losses[-1] == min(losses[1:], key=lambda x: x["validation"]):
+            save_pretrained(model, tokenizer, best)
+        save_state(unfinished, model, optimizer, losses=json.dumps(losses))
+    bar.close()
+    chosen = min(losses[1:], key=lambda x: x["validation"])
+    load_weights(best, model)
+    if rank() == 0:
+        write_atomic(best / "warmup.json", json.dumps({"key": key, "problems": len(rows), "kept": chosen["epoch"], "losses": losses}, indent=2) + "\n")
+        best.rename(final)
+        shutil.rmtree(unfinished)
+    barrier()
+    print(f"warm-up: {len(rows)} problems, validation loss {losses[0]['validation']:.3f} -> {chosen['validation']:.3f} "
+          f"(epoch {chosen['epoch']} of {args.warmup_epochs}) -> {final}")
 
 
 # ---------------------------------------------------------------- rewards
@@ -546,10 +964,147 @@ def score(reward: Callable[[str, dict], float] | None, texts: list[str], rows: l
         try:
             values.append(float(reward(text, row)))
         except Exception as error:
-            refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}")
+            refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}", alone=True)
         if not np.isfinite(values[-1]):
-            refuse(f"--reward gave {values[-1]} on row {row['id']}; it must be finite")
+            refuse(f"--reward gave {values[-1]} on row {row['id']}; it must be finite", alone=True)
     return torch.tensor(values)
+
+
+# ---------------------------------------------------------------- asking another model
+
+class Unanswered(Exception):
+    """The endpoint cannot be used: no retry would help, or all have failed."""
+
+
+def is_url(name: str | None) -> bool:
+    return bool(name) and name.startswith(("http://", "https://"))
+
+
+class Endpoint:
+    """An OpenAI-compatible chat endpoint, for many threads at once.
+
+    What may pass (429, 5xx, a dropped connection, a time-out, an answer that is not one) is tried again with growing pauses; a key or model
+    that it does not know ends the program. Every answer is kept in `journal` at once, so that a killed run asks nothing twice.
+    """
+    TRIES, PAUSE = 6, 1.0  # seconds, doubled at each try
+
+    def __init__(self, url: str, model: str, max_tokens: int, threads: int, journal: Path, watch: Watch):
+        # Without a key of its own the client would send the user's Hugging Face token to whatever server this is.
+        self.key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = InferenceClient(base_url=url, api_key=self.key, timeout=600)
+        self.url, self.model, self.max_tokens, self.threads, self.journal = url, model, max_tokens, threads, journal
+        self.watch, self.lock = watch, threading.Lock()
+        self.answers = {}
+        for line in journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.exists() else ():
+            if line.endswith("}\n"):  # the last one may be cut
+                self.answers |= {(entry := json.loads(line))["request"]: entry["answer"]}
+
+    def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
+        """An answer to each prompt, one after the other; equal prompts are separate questions. "" where the endpoint refuses the prompt."""
+        return [self._answer(prompt, nth, temperature) for nth, prompt in enumerate(prompts)]
+
+    def _answer(self, prompt: str, nth: int, temperature: float) -> str:
+        request = hashlib.sha256(repr((self.model, self.max_tokens, temperature, nth, prompt)).encode()).hexdigest()[:24]
+        if request in self.answers:
+            return self.answers[request]
+        for attempt in range(self.TRIES):
+            try:
+                reply = self.client.chat_completion([{"role": "user", "content": prompt}], model=self.model, max_tokens=self.max_tokens,
+                                                    temperature=temperature)
+                answer = reply.choices[0].message.content or ""
+                break
+            except Exception as error:  # the client's HTTP errors, its transport's, and whatever a malformed answer leads to
+                response = getattr(error, "response", None)
+                status, why = getattr(response, "status_code", None), self._without_key(error)
+                if status in (400, 413, 422):  # too long for it, say: this prompt's fault
+                    answer = ""
+                    break
+                if status is not None and status < 500 and status not in (408, 409, 425, 429):
+                    raise Unanswered(f"{self.url} refuses: {why}")
+                wait = self.PAUSE * 2 ** attempt * random.uniform(0.8, 1.2)
+                try:
+                    wait = max(wait, min(float(response.headers["Retry-After"]), 60))
+                except (AttributeError, KeyError, ValueError):
+                    pass
+                if attempt + 1 < self.TRIES:
+                    time.sleep(wait)
+        else:
+            raise Unanswered(f"{self.url} has not answered in {self.TRIES} tries: {why}")
+        with self.lock:
+            self.answers[request] = answer
+            with open(self.journal, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"request": request, "answer": answer}) + "\n")
+        return answer
+
+    def each(self, work: Callable[[list], list], items: Sequence) -> Iterator:
+        """work([item]) of every item, in threads -> results in the order in which they come; the first exception is raised here.
+
+        Daemon threads: a request that hangs does not keep a stopped program alive.
+        """
+        todo, done, over = SimpleQueue(), SimpleQueue(), threading.Event()
+        for item in items:
+            todo.put(item)
+
+        def worker() -> None:
+            try:
+                while not over.is_set():
+                    done.put((work([todo.get_nowait()])[0], None))
+            except Empty:
+                pass
+            except Exception as error:
+                done.put((None, error))
+
+        for _ in range(min(self.threads, len(items))):
+            threading.Thread(target=worker, daemon=True).start()
+        try:
+            for _ in items:
+                while done.empty() and not self.watch.stopped:
+                    time.sleep(0.02)
+                if self.watch.stopped:
+                    return
+                result, error = done.get()
+                if error:
+                    raise error
+                yield result
+        finally:
+            over.set()
+        self.journal.unlink(missing_ok=True)  # all is in the results
+
+    def _without_key(self, error: Exception) -> str:
+        """Servers repeat the key they refuse: it belongs in no message."""
+        text = f"{type(error).__name__}: {re.sub(r'For more information check: .*', '', str(error)).strip() or 'no message'}"
+        return text.replace(self.key, "***") if self.key != "none" else text
+
+
+class LocalChat:
+    """A model on this machine, asked as an Endpoint is: many prompts at once, as many together as `BATCH_TOKENS` of prompt and answer allow."""
+    ROWS, BATCH_TOKENS = 32, 2 ** 18
+
+    def __init__(self, model, tokenizer, max_tokens: int, context: int, seed: int, watch: Watch):
+        self.model, self.tokenizer, self.max_tokens, self.room, self.seed, self.watch = model, tokenizer, max_tokens, context - max_tokens, seed, watch
+        self.eos = stop_ids(model, tokenizer)
+
+    def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
+        """An answer to each prompt; "" where it is too long for the model."""
+        ids, answers = [build_prompt(self.tokenizer, prompt, "") for prompt in prompts], [""] * len(prompts)
+        for batch in microbatches([len(i) + self.max_tokens for i in ids], self.BATCH_TOKENS):
+            batch = [k for k in batch if len(ids[k]) <= self.room]
+            if batch and not self.watch.stopped:
+                self.watch.rolling_out(len(batch))
+                out = generate(self.model, [ids[k] for k in batch], self.eos, self.tokenizer.pad_token_id, self.max_tokens, temperature, 0.95, self.watch)
+                mask, _ = completion_mask(out, self.eos)
+                for k, completion, real in zip(batch, out, mask):
+                    answers[k] = self.tokenizer.decode(completion[real], skip_special_tokens=True)
+        return answers
+
+    def each(self, work: Callable[[list], list], items: Sequence) -> Iterator:
+        """work(some items) for all of them -> results one by one."""
+        for first in range(0, len(items), self.ROWS * world()):
+            seed_everything(self.seed, 2 ** 31 + 3, first)
+            results = everyones(work(dealt(items[first:first + self.ROWS * world()])))
+            if self.watch.agreed():  # in the middle of an answer
+                return
+            yield from (result for share in results for result in share)
 
 
 # ---------------------------------------------------------------- run directory
@@ -560,7 +1115,9 @@ class Run:
     A directory that holds another configuration, or anything that is not a run, is refused. Resuming drops the rows of both
     logs that the checkpoint has not seen, so they end up as if the run had never stopped.
     """
-    MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints"}
+    MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints", "dry_run", "extract_only", "strategist_threads",
+                  "cpu_offload", "activation_checkpointing", "microbatch_tokens"}
+    MAX_NONFINITE, nonfinite = 5, 0
 
     def __init__(self, args: Any):
         """Check `--out` and write nothing yet: what is refused later must leave no trace."""
@@ -568,7 +1125,7 @@ class Run:
         if args.out is None:
             if args.resume:
                 refuse("--resume needs --out, the directory of the run to go on with")
-            args.out = f"runs/{script}-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+            args.out = from_first(f"runs/{script}-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         self.dir, self.keep = Path(args.out), args.keep_checkpoints
         self.config = {"script": script, "flags": dataclasses.asdict(args), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], **versions()}
         try:
@@ -598,29 +1155,45 @@ class Run:
         if not os.access(nearest, os.W_OK | os.X_OK) or not nearest.is_dir():
             refuse(f"--out {self.dir}: no permission to write in {nearest}")
 
+    def create(self) -> None:
+        """Make the directory, unless it is a resumed run's."""
+        barrier()  # nobody looks any more whether it is there
+        if rank() == 0:
+            (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if not (self.dir / "config.json").exists():
+                write_atomic(self.dir / "config.json", json.dumps(self.config, indent=2) + "\n")
+        barrier()
+
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.dir / "checkpoints").glob("step_*"))
+
     def begin(self, model, optimizer) -> int:
-        """Make the directory, or load the newest checkpoint of a resumed run -> number of finished steps."""
-        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not (self.dir / "config.json").exists():
-            write_atomic(self.dir / "config.json", json.dumps(self.config, indent=2) + "\n")
-        step, found = 0, sorted((self.dir / "checkpoints").glob("step_*.pt"))
+        """Load the newest checkpoint of a resumed run -> number of finished steps."""
+        step, found = 0, self.checkpoints()
         if found:
-            state = torch.load(found[-1], map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-        for name in ("metrics", "samples"):  # what the checkpoint has not seen is done again
+            step = load_state(found[-1], model, optimizer, step=0)["step"]
+        for name in ("metrics", "samples") if rank() == 0 else ():  # what the checkpoint has not seen is done again
             path = self.dir / f"{name}.jsonl"
             if path.exists():
                 kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
                         if found and line.endswith("}\n") and json.loads(line)["step"] <= step]
                 write_atomic(path, "".join(kept))
+        barrier()
         return step
 
     def log(self, name: str, *rows: dict) -> None:
         """Append rows to `name` ("metrics" or "samples")."""
-        with open(self.dir / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if rank() == 0:
+            path = self.dir / f"{name}.jsonl"
+            with writing(path, path), open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def check_finite(self, metrics: dict) -> None:
+        """An update with a gradient that is not finite is skipped; a row of steps with nothing else ends the run."""
+        self.nonfinite = self.nonfinite + 1 if metrics["nonfinite_updates"] and not metrics["updates"] else 0
+        if self.nonfinite == self.MAX_NONFINITE:
+            refuse(f"the gradient was not finite in {self.nonfinite} steps one after the other, the last step {metrics['step']}; the weights of before are "
+                   f"in {self.dir / 'checkpoints'}: lower --lr or look at the last samples of {self.dir / 'samples.jsonl'}")
 
     def evaluations(self) -> list[dict]:
         """The rows of metrics.jsonl with a held-out evaluation, first to last."""
@@ -630,25 +1203,19 @@ class Run:
 
     def save_checkpoint(self, step: int, model, optimizer) -> None:
         """State after `step` finished steps. RNGs and data order are functions of (seed, step): the step stands for them."""
-        folder = self.dir / "checkpoints"
-        unfinished = folder / "unfinished.tmp"
-        with open(unfinished, "wb") as file:
-            torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, folder / f"step_{step:06d}.pt")
-        for old in sorted(folder.glob("step_*.pt"))[:-self.keep]:
-            old.unlink()
+        if (folder := self.dir / "checkpoints" / f"step_{step:06d}").exists():
+            return
+        save_state(folder, model, optimizer, step=step)
+        for old in self.checkpoints()[:-self.keep] if rank() == 0 else ():
+            shutil.rmtree(old)
 
     def save_model(self, model, tokenizer) -> Path:
         """model/: what `AutoModelForCausalLM.from_pretrained` loads; swapped in whole."""
-        unfinished, final = self.dir / "model.tmp", self.dir / "model"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        return final
+        return save_pretrained(model, tokenizer, self.dir / "model")
+
+    def stop(self, what: str) -> NoReturn:
+        print(f"stopped {what}; go on with --resume --out {self.dir}")
+        raise SystemExit(130)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -657,19 +1224,87 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+def _state(model, optimizer, more: dict) -> dict:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer), **more}
+
+
+@contextmanager
+def writing(final: Path, unfinished: Path) -> Iterator[None]:
+    """A full disk or the like ends the program with one line. Everything is written beside its place first, so nothing is lost, and taken away again."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:  # each library has its own
+        free = shutil.disk_usage(final.parent).free
+        if unfinished != final:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        why = re.search(r"No space left on device|File too large|Permission denied|Read-only file system", str(error))
+        refuse(f"{final}: cannot be written ({why[0] if why else str(error).strip().splitlines()[-1]}; {free / 1e6:,.1f} MB were free); what was saved before "
+               "is whole: make room and go on with --resume", alone=True)
+
+
+def save_state(final: Path, model, optimizer, **more: Any) -> None:
+    """A folder of torch's distributed checkpoint, whole or not at all; each process writes its shards, and any number of them can read it."""
+    unfinished = final.with_name("unfinished.tmp")
+    if rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    barrier()
+    with writing(final, unfinished):
+        dcp.save(_state(model, optimizer, more), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+        if rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+    barrier()
+
+
+def load_state(folder: Path, model, optimizer, **more: Any) -> dict:
+    """Put a folder of `save_state` into model and optimizer -> what else was saved under the names of `more`."""
+    state = _state(model, optimizer, more)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return state
+
+
+def load_weights(folder: Path, model) -> None:
+    """The weights of a Hugging Face directory, into a model that is there already."""
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() if rank() == 0 else {}
+    set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized()))
+
+
+def save_pretrained(model, tokenizer, final: Path) -> Path:
+    """A Hugging Face directory of both, swapped in whole."""
+    unfinished = final.with_name(final.name + ".tmp")
+    weights = whole_state(model)
+    if rank() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(model, FSDPModule):
+            with torch.device("meta"):
+                whole = AutoModelForCausalLM.from_config(model.config)
+            whole.load_state_dict(weights, assign=True)
+            whole.tie_weights()
+            whole.generation_config, model = model.generation_config, whole
+        with writing(final, unfinished):
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            shutil.rmtree(final, ignore_errors=True)
+            unfinished.rename(final)
+    barrier()
+    return final
+
+
 def versions() -> dict:
     """Package versions, device and commit, for config.json."""
     commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "math-verify")},
-            "device": device, "commit": commit.stdout.strip() or None}
+            "device": device, "processes": world(), "commit": commit.stdout.strip() or None}
 
 
 def peak_memory_gb() -> float:
-    """Peak memory since the start: of the GPU where there is one, else of this process."""
+    """Peak memory since the start, of the process that has most: of its GPU where there is one, else its own."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+        return max(everyones(torch.cuda.max_memory_allocated() / 2 ** 30))
+    return max(everyones(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)))
 
 
 class Watch(StoppingCriteria):
@@ -689,6 +1324,11 @@ class Watch(StoppingCriteria):
         self.stopped = True
         self.bar.write("stopping: saving a checkpoint (once more to stop without)")
 
+    def agreed(self) -> bool:
+        """Has any process been told to stop? All of them ask at the same places."""
+        self.stopped = any(everyones(self.stopped))
+        return self.stopped
+
     def rolling_out(self, rows: int) -> None:
         self.rows, self.tokens = rows, 0
 
@@ -697,6 +1337,20 @@ class Watch(StoppingCriteria):
         if self.tokens // self.rows % 16 == 0:
             self.bar.set_postfix_str(f"{self.tokens} tokens sampled")
         return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)
+
+
+def say_plan(args: Any, run: Run, rows: list[dict], warmup_rows: list[dict], samples: str, n_samples: int, longest_prompt: int, **more: str) -> None:
+    """What the run will do and what it will take, before it costs anything. `samples`: those of a problem, in words; `n_samples`: those of a step."""
+    steps = -(-len(warmup_rows) * 9 // 10 // args.warmup_batch_size)
+    lines = {"warm-up": f"SFT on {len(warmup_rows)} problems, {args.warmup_epochs} epochs of {steps} steps" if warmup_rows else "none", **more,
+             "training": f"{len(rows)} problems; {args.steps} steps of {args.prompts_per_step} x {samples} samples, at most {n_samples * args.max_new_tokens:,} "
+                         f"tokens a step; {args.steps * args.prompts_per_step / max(len(rows), 1):.2g} epochs",
+             "memory": fit_memory(args, n_samples, longest_prompt)}
+    if args.dry_run and not torch.cuda.is_available():
+        lines["on one GPU"] = fit_memory(copy.copy(args), n_samples, longest_prompt, gpu=80e9, host=256e9)
+    lines["run"] = str(run.dir)
+    print("plan")
+    say_table([[name, printable(text)] for name, text in lines.items()])
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
@@ -713,7 +1367,7 @@ DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 100, "prompts_per_step": 16, "max_new_tokens": 48, "system_prompt": "", "eval_every": 50,
-               "eval_samples": 2, "microbatch_tokens": 8192, "delta": 5.0, "teacher": "demo"}
+               "eval_samples": 2, "microbatch_tokens": 8192, "delta": 5.0, "teacher": "demo", "warmup_frac": 0.0}
 # The demo's teachers: what each writes where the student writes "=" and ";".
 DEMO_TEACHERS = {"demo": ">.", "demo-same-style": "=;"}
 DEMO_TEACHER_STEPS = 200
@@ -780,7 +1434,6 @@ def warm_start(folder: Path, tokenizer, batch: Callable[[], Iterator[tuple[list[
     model.to(pick_device())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    from tqdm import tqdm
     print(f"building the demo {what} once, a minute or two on two cores -> {folder}")
     for _ in tqdm(range(steps), desc=f"demo {what}", disable=None):
         prompts, completions, starts = zip(*batch())
@@ -962,7 +1615,7 @@ def _split(s: str, *separators: str) -> list[str]:
 
 def _encloses(s: str) -> bool:
     """Does the bracket that opens s close at its end?"""
-    depths = list(accumulate((token in _OPEN) - (token in _CLOSE) for token in _TOKEN.findall(s)))
+    depths = list(itertools.accumulate((token in _OPEN) - (token in _CLOSE) for token in _TOKEN.findall(s)))
     return len(depths) > 1 and depths[-1] == 0 and min(depths[:-1]) > 0
 
 
@@ -1273,3 +1926,112 @@ def grader_counts() -> dict[str, int]:
     """Outcomes since the last call. Log them each step: many timeouts or crashes mean that rewards are being lost."""
     with _lock:
         return {key: _counts.pop(key, 0) for key in ("right", "wrong", "no_box", "timeouts", "crashes", "unparsable_gold")}
+
+
+# ---- does a text give the answer away?
+_SPELLED = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ORDINALS = ("half|halves third quarter|fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth "
+             "seventeenth eighteenth nineteenth twentieth").split()     # of denominators, from 2
+_FRACTION = r"[0-9]*\\[dtc]?frac\s*(?:\{[^{}]*\}|[0-9])\s*(?:\{[^{}]*\}|[0-9])"
+_NUMERAL = re.compile(
+    rf"-?{_FRACTION}|(?<![\w.])-?(?:[0-9]+\s[0-9]+/[0-9]+|(?:[0-9]{{1,3}}(?:(?:,\\!\s*|,|\\,|\{{,\}})[0-9]{{3}})+|[0-9]+)(?:\.[0-9]+)?(?:\s?/\s?[0-9]+)?"
+    rf"|\.[0-9]+)(?:\s?\\?%|\s?percent\b|(?=(?i:{_BARE_UNITS})\b))?(?!(?!(?i:{_BARE_UNITS})\b)\w|\.[0-9])")
+_NUMBERING = re.compile(r"(?:(?:^|[.;:!?,)\n>*-])\s*\(?|\b(?:steps?|parts?|cases?|points?|items?)\s+(?:[0-9]+\s*(?:,|and|to|-)\s*)*)$", re.I)
+_SAID = r"\b(?:equals?|is|are|be|answer|result|solution|total|gets?|gives?|giving|yields?|obtains?|namely)\b"
+_ANSWERING = re.compile(rf"(?:=|\\approx|{_SAID})[\s:$(*-]*$", re.I)
+_CONCLUDING = re.compile(r"\b(?:answer|result|solution|total|so|hence|thus|therefore|gets?|gives?|giving|yields?|obtains?|conclude)\b[^.;\n]{0,30}$", re.I)
+
+
+def _spelled(n: int) -> str:
+    """A pattern for 0 <= n < 1000 in English words."""
+    if n < 20:
+        return _SPELLED[n]
+    if n < 100:
+        return _TENS[n // 10 - 2] + (f"[- ]{_SPELLED[n % 10]}" if n % 10 else "")
+    return f"(?:an?|{_SPELLED[n // 100]}) hundred" + (f"(?: and)? {_spelled(n % 100)}" if n % 100 else "")
+
+
+def _stands_for_itself(text: str, m: re.Match) -> bool:
+    """Is this numeral a quantity of its own? Not the number of a step, an exponent, an index, a term of a longer expression, the 3 of 3-digit."""
+    before, after = text[:m.start()], text[m.end():]
+    if re.match(r"\s*(?:[\^+*/×·(]|\\(?!text|%|,|\))[a-zA-Z]|-\s?[0-9a-zA-Z])|[ ]?[a-zA-Z](?![a-zA-Z])|\}", after):
+        return False
+    if re.search(r"(?:[\^_+*/×·]|\\(?:times|cdot|div|pm)|[\^_]\{|\\(?:sqrt|binom|frac)\S*\{|\w\()\s*$|\b(?:modulo|mod|base|degree|order|level)\s+$", before, re.I):
+        return False
+    if _ANSWERING.search(before):
+        return True
+    step = len(m[0]) < 3 and (_NUMBERING.search(before) and re.match(r"\s*[.):](?![0-9])", after)
+                              or re.search(r"\b(?:steps?|parts?|cases?)\s+(?:\S+\s+(?:and|to)\s+)?$", before, re.I))
+    return not (step or re.search(r"-\s*$", before))
+
+
+def _is_said(text: str, m: re.Match) -> bool:
+    """Does the text say that something is this, and no more?"""
+    return bool(_ANSWERING.search(text[:m.start()]) and re.match(r"\s*\$?\s*(?:[.,;!)]|$)", text[m.end():]))
+
+
+def _formula_tokens(s: str) -> list[tuple[str, int, int]]:
+    """(token, start, end) of what a formula is made of, however it is set: braces, blanks and multiplication signs mean nothing, \\frac{a}{b} is a/b."""
+    found = [(m[0].lstrip("\\"), m.start(), m.end()) for m in re.finditer(r"\\?[A-Za-z]+|[0-9]+(?:\.[0-9]+)?|[^\s{}()\\$*]", s)]
+    return [token for token in found if token[0] not in ("left", "right", "cdot", "times", "text", "mathrm", "displaystyle")]
+
+
+def gives_away(text: str, gold: str, problem: str = "") -> bool:
+    r"""Does this text hold the gold answer: in digits, as fraction, percentage or LaTeX, in words, or as a formula that `grade` equates with it?
+
+    Numbers that only count steps, exponents, indices, coefficients are no answers. Nor is what the problem states itself, and nor are 0, 1 and -1,
+    which stand in every identity, unless the text says that they come out. A guard, not a proof: a strategist can paraphrase.
+    """
+    text = re.sub(r"[\u200b-\u200f\u2060\ufeff]", "", text.translate({ord("−"): "-", ord("–"): "-", 0xa0: " ", 0x202f: " "}))
+    text = re.sub(r"\\[()]|(?<!\\)\\[\[\]]|\$\$", "$", text)
+    text = re.sub(r"\b(?:minus|negative)\s+(?=[0-9.\\])", "-", re.sub(r"\^\s*\{?\s*\\circ\s*\}?|°", " degrees", text))
+    gold = re.sub(r"^\$+|\$+$", "", gold.strip())
+    whole = _bare(_normalise(gold))
+    items, bare = _items(whole), _split_unit(whole)[0]
+    value, choice = _number(bare), _CHOICE.fullmatch(bare)
+    small = value is not None and abs(value) <= 1 and value.denominator == 1
+
+    short = r"[\s\w.,%\\-]{0,9}" if value is not None else r"[\s0-9.]*"         # numerals are looked at below, with what stands around them
+    for m in () if choice else re.finditer(r"\$([^$]+)\$|\\boxed\s*\{", text):
+        sides = {m[1], *_split(m[1], "=", r"\approx")} if m[1] else {extract_answer(text[m.start():]) or ""}
+        if (not small or not m[1] or _CONCLUDING.search(text[:m.start()])) and any(
+                grade(f"\\boxed{{{side}}}", gold) for side in sides if not m[1] or not re.fullmatch(short, side)):
+            return True
+    if len(items) > 1 and all(gives_away(text, item, problem) for item in items):  # a list is given away where all of it is
+        return True
+
+    if value is not None:
+        given = set(map(Fraction, re.findall(r"[0-9]+(?:\.[0-9]+)?", problem)))
+        cue = _CONCLUDING if small else _ANSWERING if value in given else re.compile("")
+        for m in _NUMERAL.finditer(text):
+            if grade(f"\\boxed{{{m[0]}}}", gold) and _stands_for_itself(text, m) and cue.search(text[:m.start()]):
+                return True
+        sign, size = "(?:minus|negative) " if value < 0 else "", abs(value)
+        if size.denominator == 1 and size < 1000:
+            words = _spelled(int(size))
+        elif 1 < size.denominator <= 20 and size.numerator < 100:
+            words = f"{'an?|' if size.numerator == 1 else ''}{_spelled(size.numerator)}"
+            words = rf"(?:{words})[- ](?:{_ORDINALS[size.denominator - 2]})s?"
+        else:
+            return False
+        common = size.denominator == 1 and size <= 10 and not sign               # "one of the two cases" says nothing
+        return any(not common or _is_said(text, m) for m in re.finditer(rf"(?<![\w-]){sign}{words}(?![\w-])", text, re.I))
+
+    if choice:                                                                   # "A" is also an article
+        letter = choice[1] or choice[2]
+        return re.search(rf"\({letter}\)|\b(?i:option|choice|answer)(?i:\s+is|:)?\s+\(?{letter}\b", text) is not None
+    if words := _words(bare):
+        plain = re.escape(re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", bare).strip())
+        said = plain.lower() in problem.lower() or len(words) < 4
+        return any(not said or _is_said(text, m) for m in re.finditer(rf"(?<!\w){plain}(?!\w)", text, re.I))
+    # a formula, in another dress: its tokens one after the other, and no operator that carries it on
+    fractions = lambda s: re.sub(r"\\[dtc]?frac\s*(\{[^{}]*\}|[0-9])\s*(\{[^{}]*\}|[0-9])", r"\1/\2", s.translate(_UNICODE))
+    wanted, tokens = [t for t, _, _ in _formula_tokens(fractions(bare))], _formula_tokens(fractions(text))
+    for k in range(len(tokens) - len(wanted) + 1):
+        if wanted and [t for t, _, _ in tokens[k:k + len(wanted)]] == wanted:
+            before, after = tokens[k - 1][0] if k else "", tokens[k + len(wanted)][0] if k + len(wanted) < len(tokens) else ""
+            if len(wanted) > 1 and before not in tuple("+-^/_") and after not in tuple("+-^/_"):
+                return True
+    single = re.finditer(rf"(?<![\w\\^_])\\?{re.escape(wanted[0])}(?![\w^_])", text) if len(wanted) == 1 else ()
+    return any(_is_said(text, m) for m in single)

@@ -146,6 +146,8 @@ def assign_strategies(source: str | None, benchmarks: dict[str, list[dict]]) -> 
         by_id[row["id"]][name] = row
     for place, raw in common._raw_rows(source) if source and source != "own" else ():
         problem, strategy = (raw.get("problem", raw.get("question")), raw.get("strategy")) if isinstance(raw, dict) else (None, None)
+        if isinstance(raw, dict) and "candidates" in raw and strategy is None:  # sgpo.py's extraction found none
+            continue
         if not isinstance(strategy, str) or not strategy.strip():
             refuse(f'{place}: row has no "strategy": give it as a non-empty string')
         if isinstance(problem, str):

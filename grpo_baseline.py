@@ -9,6 +9,7 @@ No value network, no KL to a reference model.
 
 Papers: DeepSeekMath (arXiv 2402.03300); unequal clipping bounds and loss_type dapo: DAPO (2503.14476); dr_grpo: 2503.20783.
 """
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Run, Watch, autocast, batch_of_step, build_prompt, check_context, check_flags,
-                    completion_logps, completion_mask, demo_recipe, generate, grader_counts, load_model, load_problems, load_reward,
-                    load_tokenizer, microbatches, parse_args, peak_memory_gb, printable, refuse, rollout_copy, say_table,
-                    score, seed_everything, stop_ids, sync_rollout_copy, usable_rows)
+from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Run, Watch, batch_of_step, build_prompt, check_context, check_flags, clip_gradients,
+                    completion_logps, completion_mask, dealt, demo_recipe, everyones, gathered, generate, grader_counts, in_step, load_policy,
+                    load_problems, load_reward, load_tokenizer, microbatches, parse_args, peak_memory_gb, printable, progress, refuse,
+                    rollout_weights, say_plan, say_table, score, seed_everything, sft_warmup, start_processes, stop_ids, summed, usable_rows,
+                    warmup_split, within_memory)
 
 # Letters: B problems of a step, G samples a problem, N rows (problems x samples), P prompt, C completion, V vocabulary.
 
@@ -36,11 +37,18 @@ class Args:
     eval_dataset: str = HfArg(default=None, help="held-out problems, same layouts (the demo has its own)")
     out: str = HfArg(default=None, help="run directory (default: a new one under runs/)")
     resume: bool = HfArg(default=False, help="go on with the run in --out from its newest checkpoint")
+    max_rows: int = HfArg(default=8500, help="rows drawn from a larger data set, by the seed; 0: all")
+    dry_run: bool = HfArg(default=False, help="print the plan and stop")
     seed: int = HfArg(default=0, help="seed of everything: problem order and sampling")
     reward: str = HfArg(default=None, help="own reward, FILE.py:function of (response, row); default: the math grader")
     system_prompt: str = HfArg(default=SYSTEM_PROMPT, help="system message; empty for none")
+    # SFT warm-up
+    warmup_frac: float = HfArg(default=0.33, help="share of the problems with a solution that are for the SFT warm-up, not for RL; 0: none")
+    warmup_lr: float = HfArg(default=1e-5, help="its AdamW learning rate, at its highest")
+    warmup_batch_size: int = HfArg(default=64, help="its solutions a step")
+    warmup_epochs: int = HfArg(default=10, help="its epochs; the one with the lowest validation loss is kept")
     # rollouts
-    steps: int = HfArg(default=400, help="training steps, one rollout batch each")
+    steps: int = HfArg(default=400, help="training steps, one rollout batch each; 0: the SFT baseline")
     prompts_per_step: int = HfArg(default=16, help="problems a step")
     group_size: int = HfArg(default=12, help="samples a problem; as many as SGPO's 8 + 4")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens")
@@ -59,7 +67,8 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradient norm clipped to this")
     updates_per_rollout: int = HfArg(default=1, help="optimizer steps a rollout batch, each on its share of the problems")
     microbatch_tokens: int = HfArg(default=16384, help="padded tokens a forward pass; lower it when memory is short")
-    activation_checkpointing: bool = HfArg(default=False, help="recompute activations in backward: less memory, a third more time")
+    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks for it)")
+    cpu_offload: bool = HfArg(default=None, help="weights, gradients and optimizer rest in CPU memory: slower (default: if the GPU is too small without)")
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
     eval_samples: int = HfArg(default=4, help="samples a held-out problem")
@@ -72,7 +81,10 @@ class Args:
 def check_args(args: Args) -> None:
     check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
                            lr_warmup_steps=0, weight_decay=0, max_grad_norm=0, updates_per_rollout=1, microbatch_tokens=1, eval_every=0,
-                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0))
+                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0,
+                           max_rows=0, warmup_frac=0, warmup_lr=0, warmup_batch_size=1, warmup_epochs=1))
+    if args.warmup_frac > 1:
+        refuse(f"--warmup_frac is {args.warmup_frac}; it is a share, from 0 to 1")
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if args.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -127,24 +139,26 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     would make the gradient NaN. "Why is my ratio 1 and my loss 0?" On the first update after a rollout rho = 1 whatever the
     weights, and advantages sum to 0 in a group: the value says nothing, the gradient is A grad log pi all the same.
     """
-    A = advantages.reshape(len(mask), -1)
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
     clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return loss * mask, clipped & mask
 
 
-def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int) -> Tensor:
-    """Eq. 1, the means: what each row's tokens weigh in the loss, [N]; made once for the whole update, before it is cut into micro-batches.
+def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float | None = None, tokens: float | None = None) -> Tensor:
+    """Eq. 1, the means: what each row's tokens weigh in the loss, [n]; made once for the whole update, before it is cut into micro-batches.
 
-    grpo: 1 / (N |o_i|), dapo: 1 / (all tokens), dr_grpo: 1 / (N max_new_tokens). Rows without signal count in N.
+    grpo: 1 / (N |o_i|), dapo: 1 / (all tokens), dr_grpo: 1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are those of
+    all processes, where the mask has one's share.
     """
     lengths = mask.sum(1).float()
+    rows, tokens = rows or len(mask), tokens or lengths.sum()
     if loss_type == "grpo":
-        return 1 / (len(mask) * lengths.clamp(min=1))
+        return 1 / (rows * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
-    return torch.ones_like(lengths) / (len(mask) * max_new_tokens)
+        return torch.ones_like(lengths) / max(tokens, 1)
+    return torch.ones_like(lengths) / (rows * max_new_tokens)
 
 
 # ---------------------------------------------------------------- update
@@ -154,59 +168,75 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args, watch:
 
     Rows whose advantage is 0 are skipped: they add nothing to the gradient, but still count in the normaliser.
     """
-    N, device = len(advantages), model.device
-    stats, done = defaultdict(float), 0
+    device, G = ro.mask.device, args.group_size
+    stats, norms, nonfinite = defaultdict(float), [], 0
     lengths = ro.mask.sum(1).tolist()
-    live = [i for i in range(N) if advantages[i] != 0]
+    live = {i for i in range(len(advantages)) if advantages[i] != 0}
     advantages = advantages.to(device)
 
     def logps_of(batch: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        width = max(lengths[i] for i in batch)
+        width = max((lengths[i] for i in batch), default=1)
         mask = ro.mask[batch, :width]
-        with autocast(device):
-            logps, entropy = completion_logps(model, [ro.prompts[i] for i in batch], ro.completions[batch, :width], mask, args.temperature)
+        logps, entropy = completion_logps(model, [ro.prompts[i] for i in batch], ro.completions[batch, :width], mask, args.temperature)
         return logps, entropy, mask
 
-    def cut(rows: list[int]) -> list[list[int]]:
+    def cut(rows: list[int], stats: dict) -> list[list[int]]:
+        """Micro-batches of rows of like length."""
         sizes = [len(ro.prompts[i]) + lengths[i] for i in rows]
         batches = [[rows[k] for k in batch] for batch in microbatches(sizes, args.microbatch_tokens)]
         stats["tokens"] += sum(sizes)
         stats["padded"] += sum(len(b) * max(len(ro.prompts[i]) + lengths[i] for i in b) for b in batches)
-        return batches
+        return in_step(batches)
 
     old_logps = torch.zeros(ro.mask.shape, device=device)
     if args.updates_per_rollout > 1:  # later updates are off-policy: remember what the sampling policy said
         with torch.no_grad():
-            for batch in cut(live):
+            for batch in cut(sorted(live), stats):
                 logps, _, mask = logps_of(batch)
                 old_logps[batch, :mask.shape[1]] = logps
 
-    model.train(args.activation_checkpointing)  # checkpointing works in train mode only; there is no dropout
-    for share in torch.arange(N).view(args.prompts_per_step, -1).tensor_split(args.updates_per_rollout):
-        rows = share.flatten().tolist()
-        weights = torch.zeros(N, device=device)
-        weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens)
-        for batch in cut(sorted(set(rows) & set(live))):
+    def gradient_of(problems: list[int]) -> dict | None:
+        """The gradient of the problems that one optimizer step is made on, accumulated -> sums for the metrics; None if told to stop."""
+        part, rows = defaultdict(float), [q * G + j for q in problems for j in range(G)]
+        n = summed({"rows": len(rows), "tokens": ro.mask[rows].sum().item()})
+        weights = torch.zeros(len(ro.mask), device=device)
+        weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens, n["rows"], n["tokens"])
+        for batch in cut([i for i in rows if i in live], part):
             logps, entropy, mask = logps_of(batch)
             old = logps.detach() if args.updates_per_rollout == 1 else old_logps[batch, :mask.shape[1]]
             loss, clipped = policy_loss(logps, old, advantages[batch], mask, args.clip_low, args.clip_high)
             loss = (loss * weights[batch, None]).sum()
             loss.backward()
-            stats["loss"] += loss.item()
-            stats["entropy"] += entropy.sum().item()
-            stats["clipped"] += clipped.sum().item()
-            stats["scored"] += mask.sum().item()
-            if watch.stopped and not done:
-                optimizer.zero_grad()
+            part["loss"] += loss.item()
+            part["entropy"] += entropy.sum().item()
+            part["clipped"] += clipped.sum().item()
+            part["scored"] += mask.sum().item()
+            if watch.agreed() and not norms:
                 return None
-        if any(p.grad is not None for p in model.parameters()):
-            stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-            optimizer.step()
+        return part
+
+    model.train()  # for activation checkpointing; there is no dropout
+    mine = list(dealt(range(args.prompts_per_step)))  # which of the step's problems these are
+    for share in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
+        part = within_memory(lambda: gradient_of([q for q, k in enumerate(mine) if k in share]), optimizer, args)
+        if part is None:
             optimizer.zero_grad()
-            done += 1
+            return None
+        for name, value in part.items():
+            stats[name] += value
+        if any(p.grad is not None for p in model.parameters()):
+            norm = clip_gradients(model, args.max_grad_norm)
+            if math.isfinite(norm):
+                optimizer.step()
+                norms.append(norm)
+            else:
+                nonfinite += 1
+            optimizer.zero_grad()
     model.eval()
-    metrics = {"loss": stats["loss"] / args.updates_per_rollout, "grad_norm": stats["grad_norm"] / max(done, 1), "updates": done,
-               "clip_ratio": stats["clipped"] / max(stats["scored"], 1), "padding_frac": 1 - stats["tokens"] / max(stats["padded"], 1)}
+    stats = summed(stats)
+    metrics = {"loss": stats["loss"] / args.updates_per_rollout, "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(norms),
+               "nonfinite_updates": nonfinite, "clip_ratio": stats["clipped"] / max(stats["scored"], 1),
+               "padding_frac": 1 - stats["tokens"] / max(stats["padded"], 1)}
     if stats["scored"]:
         metrics["entropy"] = stats["entropy"] / stats["scored"]
     return metrics
@@ -214,26 +244,30 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args, watch:
 
 # ---------------------------------------------------------------- evaluation
 
-def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: Args) -> dict:
-    """Held-out accuracy: sampled, mean over --eval_samples; also with the strategy in the prompt, where every row has one."""
-    metrics = {}
+def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: Args, watch: Watch) -> dict:
+    """Held-out accuracy: sampled, mean over --eval_samples; also with the strategy in the prompt, where every row has one. {} if told to stop."""
+    metrics, mine = {}, [row for row in dealt(rows) for _ in range(args.eval_samples)]
+    n = -(-len(mine) // args.eval_batch_size)  # calls
     ways = {"eval/accuracy": False, "eval/accuracy_guided": True} if all("strategy" in row for row in rows) else {"eval/accuracy": False}
     for name, guided in ways.items():
         seed_everything(args.seed, 2 ** 31)  # the same draws at every evaluation
-        todo = [row for row in rows for _ in range(args.eval_samples)]
         correct = []
-        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // args.eval_batch_size)):
-            batch = [todo[i] for i in some]
-            prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
-            ro = rollout(model, tokenizer, prompts, eos, args, args.eval_temperature)
-            correct += (score(reward, ro.texts, batch) >= 0.5).tolist()
-        metrics[name] = float(np.mean(correct))
+        with rollout_weights(model) as fast:
+            for batch in [mine[k::n] for k in range(n)]:
+                prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
+                if not watch.stopped:
+                    ro = rollout(fast, tokenizer, prompts, eos, args, args.eval_temperature, watch)
+                    correct += (score(reward, ro.texts, batch) >= 0.5).tolist()
+        if watch.agreed():
+            return {}
+        metrics[name] = float(np.mean(sum(everyones(correct), [])))
     return metrics
 
 
 # ---------------------------------------------------------------- main
 
 def main() -> None:
+    start_processes()
     args = parse_args(Args, demo_recipe)
     check_args(args)
     reward = load_reward(args.reward)
@@ -249,40 +283,44 @@ def main() -> None:
     if eval_rows:
         eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     check_context(args.model, longest, args.max_new_tokens)
-    model = load_model(args.model, args.activation_checkpointing)
+    warmup_rows, rows = warmup_split(rows, tokenizer, args)
+    say_plan(args, run, rows, warmup_rows, f"{args.group_size}", args.prompts_per_step * args.group_size, longest)
+    if args.dry_run:
+        return
+    model = load_policy(args.model, activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload)
     eos = stop_ids(model, tokenizer)
-    fast = rollout_copy(model)
+    run.create()
+    sft_warmup(model, tokenizer, warmup_rows, run, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
-    print(f"{len(rows)} problems, {args.prompts_per_step} a step x {args.group_size} samples, {args.steps} steps -> {run.dir}")
-    bar = tqdm(total=args.steps, initial=finished, desc="training", unit="step", disable=None)
+    bar = progress(args.steps, finished, desc="training", unit="step")
     watch = Watch(bar)
     if eval_rows and not run.evaluations():
-        sync_rollout_copy(fast, model)
-        run.log("metrics", {"step": 0, **evaluate(fast, tokenizer, eval_rows, eos, reward, args)})
+        if first := evaluate(model, tokenizer, eval_rows, eos, reward, args, watch):
+            run.log("metrics", {"step": 0, **first})
 
-    while finished < args.steps and not watch.stopped:
+    while finished < args.steps and not watch.agreed():
         # ---- sample problems
         step, began = finished + 1, time.perf_counter()
         seed_everything(args.seed, step)
-        problems = [rows[i] for i in batch_of_step(len(rows), step - 1, args.prompts_per_step, args.seed)]
-        samples = [row for row in problems for _ in range(args.group_size)]  # N rows, a problem's side by side: [B, G] flattened
+        problems = dealt([rows[i] for i in batch_of_step(len(rows), step - 1, args.prompts_per_step, args.seed)])  # b of the B of all processes
+        samples = [row for row in problems for _ in range(args.group_size)]  # N rows, a problem's side by side: [b, G] flattened
         lr = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # ---- rollout
-        sync_rollout_copy(fast, model)
         prompts = [encode(row)[0] for row in samples]
-        ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature, watch)
-        if watch.stopped:
+        with rollout_weights(model) as fast:
+            ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature, watch)
+        if watch.agreed():
             break
         sampled = time.perf_counter()
 
         # ---- rewards and advantages
         rewards = score(reward, ro.texts, samples)
-        groups = rewards.view(args.prompts_per_step, args.group_size)
-        advantages = group_advantages(groups, args.scale_rewards).flatten()
+        groups = gathered(rewards.view(len(problems), args.group_size))
+        advantages = dealt(group_advantages(groups, args.scale_rewards)).flatten()
         graded = time.perf_counter()
 
         # ---- update
@@ -292,24 +330,25 @@ def main() -> None:
         finished = step
 
         # ---- log and save
-        now, lengths = time.perf_counter(), ro.mask.sum(1).float()
+        now, lengths = time.perf_counter(), gathered(ro.mask.sum(1).view(len(problems), -1)).float()
+        written, ends = summed({"": ro.mask.sum().item()})[""], gathered(ro.truncated.view(len(problems), -1)).float()
         metrics = {"step": step, "reward": groups.mean().item(), "reward_std": groups.std(1).mean().item(),
                    "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-                   "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ro.truncated.float().mean().item(), **stats,
+                   "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ends.mean().item(), **stats,
                    "lr": lr, "time/rollout_s": sampled - began, "time/grade_s": graded - sampled, "time/train_s": now - graded,
-                   "tokens_per_s": lengths.sum().item() / (now - began), "peak_memory_gb": peak_memory_gb(),
-                   **{f"grader/{outcome}": count for outcome, count in grader_counts().items()}}
+                   "tokens_per_s": written / (now - began), "peak_memory_gb": peak_memory_gb(),
+                   **{f"grader/{outcome}": count for outcome, count in summed(grader_counts()).items()}}
         if eval_rows and (step == args.steps or args.eval_every and step % args.eval_every == 0):
-            sync_rollout_copy(fast, model)
-            metrics |= evaluate(fast, tokenizer, eval_rows, eos, reward, args)
-        run.log("samples", *[{"step": step, "id": row["id"], "reward": r, "completion": text}
-                             for row, r, text in zip(samples, rewards.tolist(), ro.texts)])
+            metrics |= evaluate(model, tokenizer, eval_rows, eos, reward, args, watch)
+        run.log("samples", *sum(everyones([{"step": step, "id": row["id"], "reward": r, "completion": text}
+                             for row, r, text in zip(samples, rewards.tolist(), ro.texts)]), []))
         run.log("metrics", metrics)
+        run.check_finite(metrics)
         if args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, model, optimizer)
         if step == 1 or "eval/accuracy" in metrics:
             bar.write(f"step {step}, reward {rewards[0]:g}: {printable(ro.texts[0])[:2000]}")
-        if ro.truncated.all():
+        if ends.all():
             bar.write(f"step {step}: every completion ran into --max_new_tokens {args.max_new_tokens}; nothing can be learnt from that, raise it")
         bar.set_description(f"reward {metrics['reward']:.2f}")
         bar.update()
@@ -317,8 +356,7 @@ def main() -> None:
 
     run.save_checkpoint(finished, model, optimizer)
     if finished < args.steps:
-        print(f"stopped after step {finished} of {args.steps}; go on with --resume --out {run.dir}")
-        raise SystemExit(130)
+        run.stop(f"after step {finished} of {args.steps}")
     final = run.save_model(model, tokenizer)
     if evals := run.evaluations():
         names = {"eval/accuracy": "alone", "eval/accuracy_guided": "with the strategy"}

@@ -12,6 +12,7 @@ What differs from grpo_baseline.py (formulas beside the functions; the paper is 
     python tgpo.py --model STUDENT --teacher TEACHER --measure_divergence 64 --out DIR      # how far apart are they?
 """
 import json
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,14 +21,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Run, Watch, autocast, batch_of_step, build_prompt, check_context, check_flags,
-                    completion_hidden, completion_mask, demo_recipe, generate, grader_counts, load_model, load_problems, load_reward,
-                    load_tokenizer, log_prob_and_entropy, microbatches, over_vocabulary, parse_args, peak_memory_gb, printable,
-                    refuse, rollout_copy, say_table, score, seed_everything, shared_vocabulary, stop_ids, sync_rollout_copy, usable_rows,
-                    write_atomic)
+from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Run, Watch, as_forward, batch_of_step, build_prompt, check_context, check_flags, clip_gradients,
+                    completion_hidden, completion_mask, dealt, demo_recipe, device_of, everyones, gathered, generate, grader_counts, in_step,
+                    load_model, load_policy, load_problems, load_reward, load_tokenizer, log_prob_and_entropy, microbatches, over_vocabulary, padded,
+                    parse_args, peak_memory_gb, pick_device, printable, progress, refuse, rollout_weights, say_plan, say_table, score,
+                    seed_everything, sft_warmup, shared_vocabulary, start_processes, stop_ids, summed, usable_rows, warmup_split, within_memory,
+                    world, write_atomic)
 
 # Letters: B problems of a step, G samples a problem, N rows (problems x samples), P prompt, C completion, V vocabulary.
 
@@ -49,11 +50,18 @@ class Args:
     eval_dataset: str = HfArg(default=None, help="held-out problems, same layouts (the demo has its own)")
     out: str = HfArg(default=None, help="run directory (default: a new one under runs/)")
     resume: bool = HfArg(default=False, help="go on with the run in --out from its newest checkpoint")
+    max_rows: int = HfArg(default=8500, help="rows drawn from a larger data set, by the seed; 0: all")
+    dry_run: bool = HfArg(default=False, help="print the plan and stop")
     seed: int = HfArg(default=0, help="seed of everything: problem order and sampling")
     reward: str = HfArg(default=None, help="own reward, FILE.py:function of (response, row); default: the math grader")
     system_prompt: str = HfArg(default=SYSTEM_PROMPT, help="system message; empty for none")
+    # SFT warm-up
+    warmup_frac: float = HfArg(default=0.0, help="share of the problems with a solution that are for the SFT warm-up, not for RL; 0: none, as TGPO's paper; SGPO's: 0.33")
+    warmup_lr: float = HfArg(default=1e-5, help="its AdamW learning rate, at its highest")
+    warmup_batch_size: int = HfArg(default=64, help="its solutions a step")
+    warmup_epochs: int = HfArg(default=10, help="its epochs; the one with the lowest validation loss is kept")
     # rollouts
-    steps: int = HfArg(default=300, help="training steps, one rollout batch each")
+    steps: int = HfArg(default=300, help="training steps, one rollout batch each; 0: the SFT baseline")
     prompts_per_step: int = HfArg(default=16, help="problems a step")
     group_size: int = HfArg(default=8, help="samples a problem")
     max_new_tokens: int = HfArg(default=2048, help="longest completion, in tokens")
@@ -84,7 +92,8 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradient norm clipped to this")
     updates_per_rollout: int = HfArg(default=1, help="optimizer steps a rollout batch, each on its share of the problems")
     microbatch_tokens: int = HfArg(default=16384, help="padded tokens a forward pass; lower it when memory is short")
-    activation_checkpointing: bool = HfArg(default=False, help="recompute activations in backward: less memory, a third more time")
+    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks for it)")
+    cpu_offload: bool = HfArg(default=None, help="weights, gradients and optimizer rest in CPU memory: slower (default: if the GPU is too small without)")
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
     eval_samples: int = HfArg(default=4, help="samples a held-out problem")
@@ -109,11 +118,16 @@ def check_args(args: Args) -> None:
         torch.empty(0, device=args.teacher_device)
     except (RuntimeError, AssertionError) as error:
         refuse(f"--teacher_device {args.teacher_device}: {str(error).splitlines()[0]}")
+    if args.teacher_device and world() > 1:
+        refuse("--teacher_device: with several processes each holds a part of the teacher on its own GPU; leave it out")
     if args.teacher is None and (args.guidance != "none" or args.measure_divergence):
         refuse("--teacher is missing: name a hub id or directory, or train without one with --guidance none")
     check_flags(args, dict(steps=0, prompts_per_step=1, group_size=2, max_new_tokens=1, max_prompt_tokens=1, clip_low=0, clip_high=0, lr=0,
                            lr_warmup_steps=0, weight_decay=0, max_grad_norm=0, updates_per_rollout=1, microbatch_tokens=1, eval_every=0,
-                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0))
+                           eval_samples=1, eval_batch_size=1, eval_temperature=0, save_every=0, keep_checkpoints=1, seed=0,
+                           max_rows=0, warmup_frac=0, warmup_lr=0, warmup_batch_size=1, warmup_epochs=1))
+    if args.warmup_frac > 1:
+        refuse(f"--warmup_frac is {args.warmup_frac}; it is a share, from 0 to 1")
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
     if args.loss_type not in ("grpo", "dapo", "dr_grpo"):
@@ -168,24 +182,26 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
     would make the gradient NaN. "Why is my ratio 1 and my loss 0?" On the first update after a rollout rho = 1 whatever the
     weights, and advantages sum to 0 in a group: the value says nothing, the gradient is A grad log pi all the same.
     """
-    A = advantages.reshape(len(mask), -1)
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
     clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return loss * mask, clipped & mask
 
 
-def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int) -> Tensor:
-    """Eq. 1, the means: what each row's tokens weigh in the loss, [N]; made once for the whole update, before it is cut into micro-batches.
+def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float | None = None, tokens: float | None = None) -> Tensor:
+    """Eq. 1, the means: what each row's tokens weigh in the loss, [n]; made once for the whole update, before it is cut into micro-batches.
 
-    grpo: 1 / (N |o_i|), dapo: 1 / (all tokens), dr_grpo: 1 / (N max_new_tokens). Rows without signal count in N.
+    grpo: 1 / (N |o_i|), dapo: 1 / (all tokens), dr_grpo: 1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are those of
+    all processes, where the mask has one's share.
     """
     lengths = mask.sum(1).float()
+    rows, tokens = rows or len(mask), tokens or lengths.sum()
     if loss_type == "grpo":
-        return 1 / (len(mask) * lengths.clamp(min=1))
+        return 1 / (rows * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
-    return torch.ones_like(lengths) / (len(mask) * max_new_tokens)
+        return torch.ones_like(lengths) / max(tokens, 1)
+    return torch.ones_like(lengths) / (rows * max_new_tokens)
 
 
 def coefficient(step: int, start: float, fall: float) -> float:
@@ -289,9 +305,10 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
         """Its final hidden states at the student's places, [M, d], as `completion_hidden`. Ids that it has no embedding for become 0."""
-        self.model.to(self.device)
+        if self.offload:
+            self.model.to(self.device)
         known = completions.where(completions < self.model.get_input_embeddings().weight.shape[0], 0)
-        return completion_hidden(self.model, prompts, known.to(self.device), mask.to(self.device))
+        return as_forward(self.model, lambda: completion_hidden(self.model, prompts, known.to(self.device), mask.to(self.device)))
 
     def rest(self) -> None:
         if self.offload:
@@ -321,28 +338,31 @@ class Teacher:
         advice = Advice(torch.full(shape, -1, device=device), torch.zeros(shape, device=device), torch.zeros(shape, device=device, dtype=torch.bool),
                         torch.zeros(*shape, k, device=device, dtype=torch.long), torch.zeros(*shape, k, device=device))
         lengths = ro.mask.sum(1).tolist()
-        for some in microbatches([len(ro.prompts[i]) + lengths[i] for i in rows], args.teacher_microbatch_tokens):
+        for some in in_step(microbatches([len(ro.prompts[i]) + lengths[i] for i in rows], args.teacher_microbatch_tokens)):
             batch = [rows[i] for i in some]
-            width = max(lengths[i] for i in batch)
+            width = max((lengths[i] for i in batch), default=1)
             mask, completions = ro.mask[batch, :width], ro.completions[batch, :width]
             hidden = self.hidden([ro.prompts[i] for i in batch], completions, mask)
             flat = over_vocabulary(lambda logits, ids: self.read(self.align(logits), ids, k, args.guidance == "tgpo-sampled"),
                                    self.model, [hidden], [completions[mask].to(self.device)], args.temperature)
             row, t = mask.nonzero(as_tuple=True)
             for to, values in zip(advice, flat, strict=True):
-                to[torch.tensor(batch, device=device)[row], t] = values.to(device)
+                to[torch.tensor(batch, device=device, dtype=torch.long)[row], t] = values.to(device)
         self.rest()
         return advice
 
 
-def load_teacher(args: Args, tokenizer, own_tokenizer, shared: int, eos: list[int], student_device: torch.device) -> Teacher:
-    """bf16 on a GPU, fp32 elsewhere. `eos`: what the student stops at."""
-    device = torch.device(args.teacher_device or student_device)
-    model = load_model(args.teacher, flag="--teacher", dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                       device="cpu" if args.teacher_offload else device).requires_grad_(False)
+def load_teacher(args: Args, tokenizer, own_tokenizer, shared: int, eos: list[int]) -> Teacher:
+    """bf16 on a GPU, fp32 elsewhere; of several processes each holds a part. `eos`: what the student stops at."""
+    device = torch.device(args.teacher_device or pick_device())
+    if world() > 1:
+        model = load_policy(args.teacher, "--teacher", trained=False, cpu_offload=args.teacher_offload)
+    else:
+        model = load_model(args.teacher, "--teacher", torch.bfloat16 if device.type == "cuda" else torch.float32,
+                           "cpu" if args.teacher_offload else device).requires_grad_(False)
     end, own_end = tokenizer.eos_token_id, own_tokenizer.eos_token_id
     return Teacher(model, shared, end, end if own_end in eos else own_end, [i for i in stop_ids(model, own_tokenizer) if i not in eos],
-                   device, args.teacher_offload)
+                   device, args.teacher_offload and world() == 1)
 
 
 # ---------------------------------------------------------------- update
@@ -355,12 +375,12 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     """
     guidance, advantages = args.guidance if coef else "none", advantages * args.reward_weight
     exact = guidance == "reverse-kl" and not args.topk  # the one method that wants all of the teacher's logits at the update
-    N, device = len(advantages), model.device
-    stats, done = defaultdict(float), 0
+    device, G = ro.mask.device, args.group_size
+    stats, norms, nonfinite = defaultdict(float), [], 0
     lengths = ro.mask.sum(1).tolist()
-    live = [i for i in range(N) if advantages[i] != 0 or guidance != "none" or args.entropy_bonus]
+    live = {i for i in range(len(advantages)) if advantages[i] != 0 or guidance != "none" or args.entropy_bonus}
     advantages = advantages.to(device)
-    advice = teacher.advise(ro, live, args) if teacher and not exact else ()
+    advice = teacher.advise(ro, sorted(live), args) if teacher and not exact else ()
     taught = ro.mask  # [N, C] where the guidance has something to say: labels that the student lacks are dropped
     if guidance in WITH_LABELS:
         taught = ro.mask & (advice.labels >= 0)
@@ -394,38 +414,41 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         return logps, entropy, near, guide, labels, teacher_logps, agrees
 
     def scores_of(batch: list[int]) -> tuple[Tensor, ...]:
-        width = max(lengths[i] for i in batch)
+        width = max((lengths[i] for i in batch), default=1)
         mask = ro.mask[batch, :width]
         prompts, completions = [ro.prompts[i] for i in batch], ro.completions[batch, :width]
-        with autocast(device):
-            told = [teacher.hidden(prompts, completions, mask)] if exact else [x[batch, :width][mask] for x in advice]
-            hidden = completion_hidden(model, prompts, completions, mask)
-            flat = over_vocabulary(per_token, model, [hidden], [completions[mask], *told], args.temperature)
-        return mask, *[torch.zeros(mask.shape, dtype=x.dtype, device=device).masked_scatter(mask, x) for x in flat]
+        told = [teacher.hidden(prompts, completions, mask)] if exact else [x[batch, :width][mask] for x in advice]
 
-    def cut(rows: list[int]) -> list[list[int]]:
+        def forward() -> tuple[Tensor, ...]:
+            hidden = completion_hidden(model, prompts, completions, mask)
+            return over_vocabulary(per_token, model, [hidden], [completions[mask], *told], args.temperature)
+
+        return mask, *[torch.zeros(mask.shape, dtype=x.dtype, device=device).masked_scatter(mask, x) for x in as_forward(model, forward)]
+
+    def cut(rows: list[int], stats: dict) -> list[list[int]]:
+        """Micro-batches of rows of like length."""
         sizes = [len(ro.prompts[i]) + lengths[i] for i in rows]
         batches = [[rows[k] for k in batch] for batch in microbatches(sizes, args.microbatch_tokens)]
         stats["tokens"] += sum(sizes)
         stats["padded"] += sum(len(b) * max(len(ro.prompts[i]) + lengths[i] for i in b) for b in batches)
-        return batches
+        return in_step(batches)
 
     old_scores = torch.zeros(3, *ro.mask.shape, device=device)  # log pi_old(a), that over the shared ids, and the guidance's loss
     if args.updates_per_rollout > 1:  # later updates are off-policy: remember what the sampling policy said
         with torch.no_grad():
-            for batch in cut(live):
+            for batch in cut(sorted(live), stats):
                 mask, logps, _, *more = scores_of(batch)
                 for to, values in zip(old_scores, (logps, *more[:2])):
                     to[batch, :mask.shape[1]] = values
 
-    model.train(args.activation_checkpointing)  # checkpointing works in train mode only; there is no dropout
-    for share in torch.arange(N).view(args.prompts_per_step, -1).tensor_split(args.updates_per_rollout):
-        rows = share.flatten().tolist()
-        weights = torch.zeros(N, device=device)
-        weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens)
-        taught_weights = torch.zeros(N, device=device)
-        taught_weights[rows] = token_weights(taught[rows], args.loss_type, args.max_new_tokens)
-        for batch in cut(sorted(set(rows) & set(live))):
+    def gradient_of(problems: list[int]) -> dict | None:
+        """The gradient of the problems that one optimizer step is made on, accumulated -> sums for the metrics; None if told to stop."""
+        part, rows = defaultdict(float), [q * G + j for q in problems for j in range(G)]
+        n = summed({"rows": len(rows), "tokens": ro.mask[rows].sum().item(), "taught": taught[rows].sum().item()})
+        weights, taught_weights = torch.zeros(2, len(ro.mask), device=device)
+        weights[rows] = token_weights(ro.mask[rows], args.loss_type, args.max_new_tokens, n["rows"], n["tokens"])
+        taught_weights[rows] = token_weights(taught[rows], args.loss_type, args.max_new_tokens, n["rows"], n["taught"])
+        for batch in cut([i for i in rows if i in live], part):
             mask, logps, entropy, *more = scores_of(batch)
             width, A = mask.shape[1], advantages[batch]
             old, *old_more = [x.detach() for x in (logps, *more[:2])] if args.updates_per_rollout == 1 else old_scores[:, batch, :width]
@@ -443,29 +466,44 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
             if args.entropy_bonus:
                 loss = loss - args.entropy_bonus * (entropy * weights[batch, None]).sum()
             loss.backward()
-            stats["loss"] += loss.item()
-            stats["entropy"] += entropy.sum().item()
-            stats["clipped"] += clipped.sum().item()
-            stats["scored"] += mask.sum().item()
+            part["loss"] += loss.item()
+            part["entropy"] += entropy.sum().item()
+            part["clipped"] += clipped.sum().item()
+            part["scored"] += mask.sum().item()
             if teacher:
                 known = mask & (ids < teacher.shared)
                 k1 = (old_more[0] - teacher_logps)[known]
                 for name, value in (("known", known), ("dropped", mask & (labels < 0)), ("mismatch", mask & ~agrees), ("k1", k1), ("confident", k1 > 0),
                                     ("nll", -teacher_logps[known])):
-                    stats[name] += value.sum().item()
-            if watch.stopped and not done:
-                optimizer.zero_grad()
+                    part[name] += value.sum().item()
+            if watch.agreed() and not norms:
                 return None
-        if any(p.grad is not None for p in model.parameters()):
-            stats["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
-            optimizer.step()
+        return part
+
+    model.train()  # for activation checkpointing; there is no dropout
+    mine = list(dealt(range(args.prompts_per_step)))  # which of the step's problems these are
+    for share in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
+        part = within_memory(lambda: gradient_of([q for q, k in enumerate(mine) if k in share]), optimizer, args)
+        if part is None:
             optimizer.zero_grad()
-            done += 1
+            return None
+        for name, value in part.items():
+            stats[name] += value
+        if any(p.grad is not None for p in model.parameters()):
+            norm = clip_gradients(model, args.max_grad_norm)
+            if math.isfinite(norm):
+                optimizer.step()
+                norms.append(norm)
+            else:
+                nonfinite += 1
+            optimizer.zero_grad()
     model.eval()
     if teacher:
         teacher.rest()
-    metrics = {"loss": stats["loss"] / args.updates_per_rollout, "grad_norm": stats["grad_norm"] / max(done, 1), "updates": done,
-               "clip_ratio": stats["clipped"] / max(stats["scored"], 1), "padding_frac": 1 - stats["tokens"] / max(stats["padded"], 1)}
+    stats = summed(stats)
+    metrics = {"loss": stats["loss"] / args.updates_per_rollout, "grad_norm": sum(norms) / max(len(norms), 1), "updates": len(norms),
+               "nonfinite_updates": nonfinite, "clip_ratio": stats["clipped"] / max(stats["scored"], 1),
+               "padding_frac": 1 - stats["tokens"] / max(stats["padded"], 1)}
     if stats["scored"]:
         metrics["entropy"] = stats["entropy"] / stats["scored"]
     if teacher and stats["scored"]:
@@ -478,52 +516,64 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
 
 # ---------------------------------------------------------------- evaluation
 
-def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: Args) -> dict:
-    """Held-out accuracy: sampled, mean over --eval_samples; also with the strategy in the prompt, where every row has one."""
-    metrics = {}
+def evaluate(model, tokenizer, rows: list[dict], eos: list[int], reward, args: Args, watch: Watch) -> dict:
+    """Held-out accuracy: sampled, mean over --eval_samples; also with the strategy in the prompt, where every row has one. {} if told to stop."""
+    metrics, mine = {}, [row for row in dealt(rows) for _ in range(args.eval_samples)]
+    n = -(-len(mine) // args.eval_batch_size)  # calls
     ways = {"eval/accuracy": False, "eval/accuracy_guided": True} if all("strategy" in row for row in rows) else {"eval/accuracy": False}
     for name, guided in ways.items():
         seed_everything(args.seed, 2 ** 31)  # the same draws at every evaluation
-        todo = [row for row in rows for _ in range(args.eval_samples)]
         correct = []
-        for some in np.array_split(np.arange(len(todo)), -(-len(todo) // args.eval_batch_size)):
-            batch = [todo[i] for i in some]
-            prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
-            ro = rollout(model, tokenizer, prompts, eos, args, args.eval_temperature)
-            correct += (score(reward, ro.texts, batch) >= 0.5).tolist()
-        metrics[name] = float(np.mean(correct))
+        with rollout_weights(model) as fast:
+            for batch in [mine[k::n] for k in range(n)]:
+                prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"] if guided else None) for row in batch]
+                if not watch.stopped:
+                    ro = rollout(fast, tokenizer, prompts, eos, args, args.eval_temperature, watch)
+                    correct += (score(reward, ro.texts, batch) >= 0.5).tolist()
+        if watch.agreed():
+            return {}
+        metrics[name] = float(np.mean(sum(everyones(correct), [])))
     return metrics
 
 
 # ---------------------------------------------------------------- divergence
 
 @torch.no_grad()
-def measure(model, fast, teacher: Teacher, tokenizer, problems: list[dict], eos: list[int], args: Args) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Rollouts of `problems` (equal ones side by side) -> for each distinct problem its tokens [M, 8] (see `divergences`) and rollouts
-    [n, 2] (length, truncated)."""
+def measure(model, teacher: Teacher, tokenizer, problems: list[dict], eos: list[int], args: Args) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Rollouts of `problems`, which may repeat -> for each distinct problem its tokens [M, 8] (see `divergences`) and rollouts [n, 2] (length, truncated)."""
     seed_everything(args.seed, 2 ** 31 + 1)
+    mine = list(dealt(problems))
+    n = -(-len(mine) // args.eval_batch_size)  # calls
+    problems, prompts, completions, truncated = [row for k in range(n) for row in mine[k::n]], [], [], []
+    with rollout_weights(model) as fast:
+        for k in range(n):
+            some = [build_prompt(tokenizer, row["problem"], args.system_prompt) for row in mine[k::n]]
+            ro = rollout(fast, tokenizer, some, eos, args, args.temperature)
+            prompts += some
+            completions += [ids[real].tolist() for ids, real in zip(ro.completions, ro.mask)]
+            truncated += ro.truncated.tolist()
+
+    def per_token(logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor]:
+        teacher_logits = teacher.align(teacher.model.get_output_embeddings()(hidden).float() / args.temperature).to(logits.device)
+        return divergences(logits[:, :teacher.shared], teacher_logits[:, :teacher.shared], ids.clamp(max=teacher.shared - 1)),
+
     tokens, rollouts = defaultdict(list), defaultdict(list)
-    for some in np.array_split(np.arange(len(problems)), -(-len(problems) // args.eval_batch_size)):
-        prompts = [build_prompt(tokenizer, problems[i]["problem"], args.system_prompt) for i in some]
-        ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature)
-        lengths = ro.mask.sum(1).tolist()
-
-        def per_token(logits: Tensor, ids: Tensor, hidden: Tensor) -> tuple[Tensor]:
-            teacher_logits = teacher.align(teacher.model.get_output_embeddings()(hidden).float() / args.temperature).to(logits.device)
-            return divergences(logits[:, :teacher.shared], teacher_logits[:, :teacher.shared], ids.clamp(max=teacher.shared - 1)),
-
-        for batch in microbatches([len(p) + n for p, n in zip(prompts, lengths)], args.microbatch_tokens):
-            mask, completions = ro.mask[batch], ro.completions[batch]
-            with autocast(model.device):
-                told = teacher.hidden([prompts[k] for k in batch], completions, mask)
-                hidden = completion_hidden(model, [prompts[k] for k in batch], completions, mask)
-                table, = over_vocabulary(per_token, model, [hidden], [completions[mask], told], args.temperature)
-            for k, row, ids in zip(batch, table.split([lengths[k] for k in batch]), completions):
-                known = ids[:lengths[k]] < teacher.shared
-                tokens[problems[some[k]]["id"]].append(row[known].cpu().double().numpy())
-                rollouts[problems[some[k]]["id"]].append([lengths[k], float(ro.truncated[k])])
+    for batch in in_step(microbatches([len(p) + len(c) for p, c in zip(prompts, completions)], args.microbatch_tokens)):
+        ids, mask = padded([completions[k] for k in batch], device_of(model))
+        some = [prompts[k] for k in batch]
+        told = teacher.hidden(some, ids, mask)
+        table, = as_forward(model, lambda: over_vocabulary(per_token, model, [completion_hidden(model, some, ids, mask)], [ids[mask], told], args.temperature))
+        for k, row in zip(batch, table.split(mask.sum(1).tolist())):
+            known = torch.tensor(completions[k]) < teacher.shared
+            tokens[problems[k]["id"]].append(row.cpu()[known].double().numpy())
+            rollouts[problems[k]["id"]].append([len(completions[k]), float(truncated[k])])
     teacher.rest()
-    return [np.concatenate(x) for x in tokens.values()], [np.array(x) for x in rollouts.values()]
+    merged = [defaultdict(list), defaultdict(list)]
+    for parts in everyones((tokens, rollouts)):
+        for to, part in zip(merged, parts):
+            for name, found in part.items():
+                to[name] += found
+    return [np.concatenate(x) for x in merged[0].values()], [np.array(x) for x in merged[1].values()]
 
 
 DIVERGENCE = {"teacher_nll": "teacher's -log p of a token", "reverse_kl_k1": "reverse KL, k1", "reverse_kl": "reverse KL, exact",
@@ -557,6 +607,7 @@ def with_intervals(measures, parts: list[np.ndarray], seed: int, draws: int = 40
 # ---------------------------------------------------------------- main
 
 def main() -> None:
+    start_processes()
     args = parse_args(Args, demo_recipe)
     check_args(args)
     reward = load_reward(args.reward)
@@ -581,18 +632,22 @@ def main() -> None:
     check_context(args.model, longest, args.max_new_tokens)
     if args.teacher:
         check_context(args.teacher, longest, args.max_new_tokens, "--teacher")
-    model = load_model(args.model, args.activation_checkpointing)
+    warmup_rows, rows = warmup_split(rows, tokenizer, args)
+    say_plan(args, run, rows, warmup_rows, f"{args.group_size}", args.prompts_per_step * args.group_size, longest)
+    if args.dry_run:
+        return
+    model = load_policy(args.model, activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload)
     eos = stop_ids(model, tokenizer)
-    fast = rollout_copy(model)
-    teacher = load_teacher(args, tokenizer, own_tokenizer, shared, eos, model.device) if args.teacher else None
+    teacher = load_teacher(args, tokenizer, own_tokenizer, shared, eos) if args.teacher else None
+    run.create()
+    sft_warmup(model, tokenizer, warmup_rows, run, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     finished = run.begin(model, optimizer)
 
     if args.measure_divergence:
-        sync_rollout_copy(fast, model)
         order = eval_rows or [rows[i] for i in batch_of_step(len(rows), 0, len(rows), args.seed)]
         some = [row for row in order for _ in range(args.group_size)][:args.measure_divergence]
-        tokens, rollouts = measure(model, fast, teacher, tokenizer, some, eos, args)
+        tokens, rollouts = measure(model, teacher, tokenizer, some, eos, args)
         report = {**with_intervals(token_measures, tokens, args.seed), **with_intervals(rollout_measures, rollouts, args.seed)}
         counts = {"problems": len(rollouts), "rollouts": len(some), "tokens": sum(map(len, tokens)), "shared_vocabulary": shared}
         write_atomic(run.dir / "divergence.json", json.dumps({**counts, "measures": report}, indent=2) + "\n")
@@ -602,40 +657,39 @@ def main() -> None:
 
     def apart() -> dict:
         """Divergence on one rollout of each held-out problem."""
-        if teacher is None:
+        if teacher is None or watch.agreed():
             return {}
-        measures = token_measures(np.concatenate(measure(model, fast, teacher, tokenizer, eval_rows, eos, args)[0]))
+        measures = token_measures(np.concatenate(measure(model, teacher, tokenizer, eval_rows, eos, args)[0]))
         return {f"eval/{name}": float(measures[name]) for name in DIVERGENCE}
 
-    print(f"{len(rows)} problems, {args.prompts_per_step} a step x {args.group_size} samples, {args.steps} steps -> {run.dir}")
-    bar = tqdm(total=args.steps, initial=finished, desc="training", unit="step", disable=None)
+    bar = progress(args.steps, finished, desc="training", unit="step")
     watch = Watch(bar)
     if eval_rows and not run.evaluations():
-        sync_rollout_copy(fast, model)
-        run.log("metrics", {"step": 0, **evaluate(fast, tokenizer, eval_rows, eos, reward, args), **apart()})
+        if first := evaluate(model, tokenizer, eval_rows, eos, reward, args, watch):
+            run.log("metrics", {"step": 0, **first, **apart()})
 
-    while finished < args.steps and not watch.stopped:
+    while finished < args.steps and not watch.agreed():
         # ---- sample problems
         step, began = finished + 1, time.perf_counter()
         seed_everything(args.seed, step)
-        problems = [rows[i] for i in batch_of_step(len(rows), step - 1, args.prompts_per_step, args.seed)]
-        samples = [row for row in problems for _ in range(args.group_size)]  # N rows, a problem's side by side: [B, G] flattened
+        problems = dealt([rows[i] for i in batch_of_step(len(rows), step - 1, args.prompts_per_step, args.seed)])  # b of the B of all processes
+        samples = [row for row in problems for _ in range(args.group_size)]  # N rows, a problem's side by side: [b, G] flattened
         lr = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # ---- rollout
-        sync_rollout_copy(fast, model)
         prompts = [encode(row)[0] for row in samples]
-        ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature, watch)
-        if watch.stopped:
+        with rollout_weights(model) as fast:
+            ro = rollout(fast, tokenizer, prompts, eos, args, args.temperature, watch)
+        if watch.agreed():
             break
         sampled = time.perf_counter()
 
         # ---- rewards and advantages
         rewards = score(reward, ro.texts, samples)
-        groups = rewards.view(args.prompts_per_step, args.group_size)
-        advantages = group_advantages(groups, args.scale_rewards).flatten()
+        groups = gathered(rewards.view(len(problems), args.group_size))
+        advantages = dealt(group_advantages(groups, args.scale_rewards)).flatten()
         graded = time.perf_counter()
 
         # ---- update
@@ -646,25 +700,26 @@ def main() -> None:
         finished = step
 
         # ---- log and save
-        now, lengths = time.perf_counter(), ro.mask.sum(1).float()
+        now, lengths = time.perf_counter(), gathered(ro.mask.sum(1).view(len(problems), -1)).float()
+        written, ends = summed({"": ro.mask.sum().item()})[""], gathered(ro.truncated.view(len(problems), -1)).float()
         metrics = {"step": step, "reward": groups.mean().item(), "reward_std": groups.std(1).mean().item(),
                    "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-                   "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ro.truncated.float().mean().item(), **stats,
+                   "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": ends.mean().item(), **stats,
                    "lr": lr, "time/rollout_s": sampled - began, "time/grade_s": graded - sampled, "time/train_s": now - graded,
-                   "tokens_per_s": lengths.sum().item() / (now - began), "peak_memory_gb": peak_memory_gb(),
-                   **{f"grader/{outcome}": count for outcome, count in grader_counts().items()}}
+                   "tokens_per_s": written / (now - began), "peak_memory_gb": peak_memory_gb(),
+                   **{f"grader/{outcome}": count for outcome, count in summed(grader_counts()).items()}}
         if eval_rows and (step == args.steps or args.eval_every and step % args.eval_every == 0):
-            sync_rollout_copy(fast, model)
-            metrics |= evaluate(fast, tokenizer, eval_rows, eos, reward, args)
+            metrics |= evaluate(model, tokenizer, eval_rows, eos, reward, args, watch)
             metrics |= apart()
-        run.log("samples", *[{"step": step, "id": row["id"], "reward": r, "completion": text}
-                             for row, r, text in zip(samples, rewards.tolist(), ro.texts)])
+        run.log("samples", *sum(everyones([{"step": step, "id": row["id"], "reward": r, "completion": text}
+                             for row, r, text in zip(samples, rewards.tolist(), ro.texts)]), []))
         run.log("metrics", metrics)
+        run.check_finite(metrics)
         if args.save_every and step % args.save_every == 0:
             run.save_checkpoint(step, model, optimizer)
         if step == 1 or "eval/accuracy" in metrics:
             bar.write(f"step {step}, reward {rewards[0]:g}: {printable(ro.texts[0])[:2000]}")
-        if ro.truncated.all():
+        if ends.all():
             bar.write(f"step {step}: every completion ran into --max_new_tokens {args.max_new_tokens}; nothing can be learnt from that, raise it")
         bar.set_description(f"reward {metrics['reward']:.2f}")
         bar.update()
@@ -672,8 +727,7 @@ def main() -> None:
 
     run.save_checkpoint(finished, model, optimizer)
     if finished < args.steps:
-        print(f"stopped after step {finished} of {args.steps}; go on with --resume --out {run.dir}")
-        raise SystemExit(130)
+        run.stop(f"after step {finished} of {args.steps}")
     final = run.save_model(model, tokenizer)
     if evals := run.evaluations():
         names = {"eval/accuracy": "alone", "eval/accuracy_guided": "with the strategy"}

@@ -21,6 +21,9 @@ PROBLEM = [q for q in range(B) for _ in range(G1)] + [q for q in range(B) for _ 
 class NoWatch:
     stopped = False
 
+    def agreed(self):
+        return self.stopped
+
 
 class Recorder(torch.optim.SGD):
     """Keeps the gradients of every step and changes no weight."""
