@@ -1,7 +1,12 @@
 """Fixtures: small models with tokenizers of their own, a place for optional real problems, and in-process runs of the scripts."""
 import json
+import multiprocessing
+import os
+import pickle
 import signal
 import sys
+import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(autouse=True)
-def _same_signals_after():
+def _same_after():
+    """No test sees what another left: handlers of signals, the grader's counts."""
+    import common
+    common.grader_counts()
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
     for kind, handler in before.items():
@@ -69,6 +77,65 @@ def run_script(monkeypatch):
             return stop.code
         return 0
     return run
+
+
+# Children fork from a server that has imported what they need and computed nothing: a fork of this process would inherit threads' locks without their threads.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["test_survival"])
+
+
+def _start_forks() -> None:
+    """The server looks for what it preloads in PYTHONPATH only, and starts once."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), before)))
+    forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    os.environ |= {"PYTHONPATH": before} if before else {}
+
+
+def _work(work, args, env, said, answer) -> None:
+    os.environ |= env
+    torch.set_num_threads(1)
+    with open(said, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = 1
+    try:
+        code = work(*args)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    answer.send_bytes(pickle.dumps(code))  # by value: torch would send a tensor as shared memory, which ends with this process
+    os._exit(code if isinstance(code, int) else 0)
+
+
+class Child:
+    """work(*args) in a process of its own; what it prints goes to a file."""
+
+    def __init__(self, work, *args, said=os.devnull, **env):
+        _start_forks()
+        self.answer, there = _FORKS.Pipe(duplex=False)
+        self.process = _FORKS.Process(target=_work, args=(work, args, env, str(said), there))
+        self.process.start()
+        there.close()
+        self.pid = self.process.pid
+
+    def ended(self, seconds: float = 90):
+        """What work returned, or minus the signal that ended it."""
+        try:
+            if not self.answer.poll(seconds):
+                raise AssertionError("it did not end")
+            value = pickle.loads(self.answer.recv_bytes())
+        except EOFError:
+            value = None
+        finally:
+            self.process.join(10)
+            self.process.kill()
+        return self.process.exitcode if value is None else value
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

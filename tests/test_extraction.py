@@ -417,4 +417,4 @@ def test_a_dry_run_says_the_plan_and_does_nothing(command, tmp_path, run_script,
     said = capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before
     assert "SFT on 6 problems, 10 epochs of 1 steps" in said and "0 there, 6 to be extracted by http://127.0.0.1:9/v1, 5 candidates each" in said
-    assert "6 problems; 1 steps of 2 x (2 + 2 guided) samples, at most 480 tokens a step; 0.33 epochs" in said and "27,424" not in said and "MB for weights" in said
+    assert "6 problems; 1 steps of 2 x (2 + 2 guided) samples, at most 480 tokens a step; 0.33 epochs" in said and "on one GPU" in said

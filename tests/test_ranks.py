@@ -1,14 +1,12 @@
 """Several processes: what they compute together is what one computes alone. Rollouts are forced where results are compared: only sampling may differ."""
 import json
 import os
-import pickle
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 
 import pytest
@@ -20,41 +18,27 @@ import common
 import grpo_baseline
 import sgpo
 import tgpo
-from conftest import ROOT, read_jsonl, small_model, small_tokenizer, stripped, write_rows
-from test_update import B, G1, G2, GUIDED, LENGTHS, PLAIN, PROBLEM, REWARDS, NoWatch, Recorder, batch
+from conftest import ROOT, Child, read_jsonl, small_model, small_tokenizer, stripped, write_rows
+from test_update import B, G1, G2, GUIDED, PLAIN, PROBLEM, REWARDS, NoWatch, Recorder, batch
 
 HOME = {"grpo_baseline": grpo_baseline, "sgpo": sgpo, "tgpo": tgpo}
 
 
-def in_processes(n: int, work, *args) -> list:
-    """work(*args) in n forked processes that torchrun might have started -> what each returns. Forks need no second import of torch."""
+def joined(work, args):
+    common.start_processes()
+    return (work(*args),)
+
+
+def in_processes(n: int, work, *args, said=os.devnull) -> list:
+    """work(*args) in n processes that torchrun might have started -> what each returns."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pipes = []
-    for r in range(n):
-        out, into = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(out)
-            os.environ |= {"WORLD_SIZE": str(n), "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                common.start_processes()
-                answer = (work(*args), None)
-            except BaseException:
-                answer = (None, traceback.format_exc())
-            with os.fdopen(into, "wb") as pipe:
-                pickle.dump(answer, pipe)
-            os._exit(0)
-        os.close(into)
-        pipes.append((pid, out))
-    answers = []
-    for pid, out in pipes:
-        with os.fdopen(out, "rb") as pipe:
-            answers.append(pickle.load(pipe))
-        os.waitpid(pid, 0)
-    assert not any(error for _, error in answers), "\n".join(filter(None, (error for _, error in answers)))
-    return [answer for answer, _ in answers]
+    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [Child(joined, work, args, said=said, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
+    answers = [child.ended() for child in children]
+    assert all(isinstance(answer, tuple) for answer in answers), (answers, said)
+    return [answer for answer, in answers]
 
 
 class WholeRecorder(Recorder):
@@ -114,7 +98,7 @@ def test_gradients_and_metrics_do_not_depend_on_the_number_of_processes(script, 
     for grads, theirs in in_processes(n, update_of, script, folder, flags):
         assert len(grads) == len(alone)
         for a, b in zip(grads, alone):
-            assert ((a - b).norm() / b.norm()).item() < 2e-6
+            assert ((a - b).norm() / b.norm()).item() < 5e-6
         for name, value in metrics.items():
             if name != "padding_frac":
                 assert theirs[name] == pytest.approx(value, abs=1e-5), name
@@ -184,10 +168,8 @@ def test_two_processes_train_as_one_and_resume_as_any_number(script, folder, row
 def test_a_sharded_model_alone_is_the_plain_one(folder, rows_file, tmp_path):
     """One process in a group: sharded by FSDP2, sampled from for real, bit for bit."""
     argv = [*argv_of("grpo_baseline", folder, rows_file), "--steps", 2]
-    sys_argv, common_generate = sys.argv, common.generate
-    assert in_processes(1, lambda: whole_run_for_real("grpo_baseline", [*argv, "--out", tmp_path / "sharded"])) == [0]
-    assert whole_run_for_real("grpo_baseline", [*argv, "--out", tmp_path / "plain"]) == 0
-    sys.argv, common.generate = sys_argv, common_generate
+    assert in_processes(1, whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "sharded"]) == [0]
+    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "plain"]).ended() == 0
     assert (tmp_path / "sharded" / "samples.jsonl").read_bytes() == (tmp_path / "plain" / "samples.jsonl").read_bytes()
     assert_same_run(tmp_path / "plain", tmp_path / "sharded", digits=0)
 

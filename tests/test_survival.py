@@ -17,34 +17,9 @@ from safetensors.torch import load_file
 import common
 import grpo_baseline
 import sgpo
-from conftest import read_jsonl, stripped
+from conftest import Child, read_jsonl, stripped
 from test_ranks import whole_run_for_real
 from test_update import close, grpo_grad
-
-
-def forked(work, *args) -> int:
-    """work(*args) in a forked process (no second import of torch), its output in the parent's -> its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = work(*args) or 0
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
-        os._exit(code)
-    return pid
-
-
-def ended(pid: int, seconds: float = 60) -> int:
-    for _ in range(int(seconds * 100)):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    raise AssertionError("it did not end")
 
 
 @pytest.fixture
@@ -64,89 +39,91 @@ def same_runs(a: Path, b: Path) -> None:
 
 def test_twenty_kills_at_any_moment_change_nothing(argv, tmp_path):
     began = time.time()
-    assert ended(forked(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"])) == 0
+    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
     whole, draw, kills, reached = time.time() - began, random.Random(0), 0, set()
     while kills < 20:
         again = ["--resume"] if (tmp_path / "broken" / "config.json").exists() else []
         shutil.rmtree(tmp_path / "broken" / "model", ignore_errors=True)
-        pid = forked(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "broken", *again])
+        child = Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "broken", *again])
         time.sleep(draw.uniform(0.1, 0.6 * whole))
-        os.kill(pid, signal.SIGKILL)
-        kills += ended(pid) == -9
+        os.kill(child.pid, signal.SIGKILL)
+        kills += child.ended() == -9
         reached |= {p.name for p in (tmp_path / "broken").glob("checkpoints/*")}
         if (tmp_path / "broken" / "metrics.jsonl").exists() and len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) > 10:
             for step in range(8, 13):  # nearly through: take its last checkpoints away, and it is young again
                 shutil.rmtree(tmp_path / "broken" / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
-    assert ended(forked(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "broken", "--resume"])) == 0
+    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "broken", "--resume"]).ended() == 0
     assert len(reached) > 5, reached  # the kills came all along the way
     same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
+def broken_at_step_5(moment, argv, out):
+    """A run that kills itself at step 5, at one of the worst moments."""
+    place, name = {"in the write": (dcp, "save"), "before the rename": (Path, "rename"), "while an old one is removed": (shutil, "rmtree"),
+                   "in the log": (common.Run, "log")}[moment]
+    true = getattr(place, name)
+
+    def deadly(*args, **kwargs):
+        if not (out / "checkpoints" / "step_000004").exists() or moment == "while an old one is removed" and "step_" not in str(args[0]):
+            return true(*args, **kwargs)
+        if moment == "in the write":
+            true(*args, **kwargs)
+            for file in (out / "checkpoints" / "unfinished.tmp").iterdir():
+                file.write_bytes(file.read_bytes()[:100])
+        if moment == "while an old one is removed":
+            next(args[0].iterdir()).unlink()
+        if moment == "in the log":
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write('{"step": 5, "rew')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(place, name, deadly)
+    return whole_run_for_real("grpo_baseline", [*argv, "--out", out])
+
+
 @pytest.mark.parametrize("moment", ["in the write", "before the rename", "while an old one is removed", "in the log"])
-def test_a_kill_in_the_middle_of_saving(moment, argv, tmp_path, monkeypatch):
-    """At step 5, at the worst moments; the newest whole checkpoint is what goes on."""
-    def at_step_5(true, *args, **kwargs):
-        if any((tmp_path / "broken" / "checkpoints").glob("step_000004")):
-            if moment == "in the write":
-                true(*args, **kwargs)
-                for file in (tmp_path / "broken" / "checkpoints" / "unfinished.tmp").iterdir():
-                    file.write_bytes(file.read_bytes()[:100])
-            if moment == "while an old one is removed":
-                next(args[0].iterdir()).unlink()
-            if moment == "in the log":
-                with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
-                    file.write('{"step": 5, "rew')
-            os.kill(os.getpid(), signal.SIGKILL)
-        return true(*args, **kwargs)
-
-    def broken():
-        place, name = {"in the write": (dcp, "save"), "before the rename": (Path, "rename"), "while an old one is removed": (shutil, "rmtree"),
-                       "in the log": (common.Run, "log")}[moment]
-        true = getattr(place, name)
-        setattr(place, name, lambda *args, **kwargs: at_step_5(true, *args, **kwargs) if moment != "while an old one is removed" or "step_" in str(args[0])
-                else true(*args, **kwargs))
-        return whole_run_for_real("grpo_baseline", [*argv, "--out", tmp_path / "broken"])
-
+def test_a_kill_in_the_middle_of_saving(moment, argv, tmp_path):
+    """The newest whole checkpoint is what goes on."""
     argv = [x for x in argv if x not in ("--guided_group_size", 2)]
-    assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "whole"])) == 0
-    assert ended(forked(broken)) == -9
-    assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "broken", "--resume"])) == 0
+    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "whole"]).ended() == 0
+    assert Child(broken_at_step_5, moment, argv, tmp_path / "broken").ended() == -9
+    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "broken", "--resume"]).ended() == 0
     same_runs(tmp_path / "whole", tmp_path / "broken")
 
 
 # ---- signals
 
+def told(kind, moment, argv, out):
+    """A run that gets a signal in the middle of step 3 (evaluation: of step 2) and must end within 10 s."""
+    place, name = {"rollout": (common.Watch, "__call__"), "update": (sgpo, "policy_loss"), "save": (dcp, "save"), "evaluation": (sgpo, "evaluate")}[moment]
+    true, began = getattr(place, name), []
+
+    def wrapped(*args, **kwargs):
+        metrics = out / "metrics.jsonl"
+        step = len([r for r in read_jsonl(metrics) if r["step"]]) + 1 if metrics.exists() else 1
+        if not began and (step == 3 or moment == "evaluation" and step == 2 or moment == "save"):
+            began.append(time.time())
+            os.kill(os.getpid(), kind)
+        return true(*args, **kwargs)
+
+    setattr(place, name, wrapped)
+    try:
+        return whole_run_for_real("sgpo", [*argv, "--out", out])
+    finally:
+        assert time.time() - began[0] < 10
+
+
 @pytest.mark.parametrize("moment", ["rollout", "update", "save", "evaluation"])
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(kind, moment, argv, rows_file, tmp_path, capfd):
-    """The signal comes in the middle of step 3 (evaluation: of step 2)."""
+def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(kind, moment, argv, rows_file, tmp_path):
     argv = [*argv, "--save_every", 0, "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 2, "--max_new_tokens", 40, "--steps", 4]
-
-    def told():
-        place, name = {"rollout": (common.Watch, "__call__"), "update": (sgpo, "policy_loss"),
-                             "save": (dcp, "save"), "evaluation": (sgpo, "evaluate")}[moment]
-        true, began = getattr(place, name), []
-
-        def wrapped(*args, **kwargs):
-            metrics = tmp_path / "run" / "metrics.jsonl"
-            step = len([r for r in read_jsonl(metrics) if r["step"]]) + 1 if metrics.exists() else 1
-            if not began and (step == 3 or moment == "evaluation" and step == 2 or moment == "save"):
-                began.append(time.time())
-                os.kill(os.getpid(), kind)
-            return true(*args, **kwargs)
-
-        setattr(place, name, wrapped)
-        more = ["--save_every", 2] if moment == "save" else []
-        code = whole_run_for_real("sgpo", [*argv, *more, "--out", tmp_path / "run"])
-        return code if time.time() - began[0] < 10 else 99
-
-    assert ended(forked(told)) == 130
-    step = 2
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{step:06d}"]
-    said = capfd.readouterr()
-    assert f"stopped after step {step} of 4; go on with --resume" in said.out + said.err and "Traceback" not in said.err
-    assert ended(forked(whole_run_for_real, "sgpo", [*argv, *(["--save_every", 2] if moment == "save" else []), "--out", tmp_path / "run", "--resume"])) == 0
-    assert ended(forked(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"])) == 0
+    more = ["--save_every", 2] if moment == "save" else []
+    assert Child(told, kind, moment, [*argv, *more], tmp_path / "run", said=tmp_path / "said").ended() == 130
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    said = (tmp_path / "said").read_text()
+    assert "stopped after step 2 of 4; go on with --resume" in said and "Traceback" not in said
+    assert Child(whole_run_for_real, "sgpo", [*argv, *more, "--out", tmp_path / "run", "--resume"]).ended() == 0
+    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
     if moment == "evaluation":  # that of step 2 was dropped, all else is the same
         without = [{k: v for k, v in row.items() if not k.startswith("eval/") or row["step"] != 2} for row in stripped(read_jsonl(tmp_path / "whole" / "metrics.jsonl"))]
         assert stripped(read_jsonl(tmp_path / "run" / "metrics.jsonl")) == without
@@ -162,30 +139,30 @@ def on_a_small_disk(argv, out):
     return whole_run_for_real("grpo_baseline", [*argv, "--out", out])
 
 
-def test_a_file_that_cannot_grow(argv, tmp_path, capfd):
+def test_a_file_that_cannot_grow(argv, tmp_path):
     argv = [x for x in argv if x not in ("--guided_group_size", 2)]
-    assert ended(forked(on_a_small_disk, argv, tmp_path / "run")) == 2
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "checkpoints/step_000001: cannot be written" in err and "make room and go on with --resume" in err
+    assert Child(on_a_small_disk, argv, tmp_path / "run", said=tmp_path / "said").ended() == 2
+    err = (tmp_path / "said").read_text()
+    assert err.count("error: ") == 1 and "Traceback" not in err and "checkpoints/step_000001: cannot be written" in err and "make room and go on with --resume" in err
     assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run" / "checkpoints").glob("step_*"))
-    assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "run", "--resume"])) == 0
+    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "run", "--resume"]).ended() == 0
 
 
-def test_a_disk_that_fills_up_loses_nothing(argv, tmp_path, capfd):
+def test_a_disk_that_fills_up_loses_nothing(argv, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
     try:
         argv = [x for x in argv if x not in ("--guided_group_size", 2)] + ["--save_every", 2, "--keep_checkpoints", 9]
-        assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", disk / "run"])) == 2
-        err = capfd.readouterr().err
-        assert err.count("\n") == 1 and re.search(r"cannot be written .* MB were free", err) and not list(disk.rglob("*.tmp"))
+        assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", disk / "run"], said=tmp_path / "said").ended() == 2
+        err = (tmp_path / "said").read_text()
+        assert err.count("error: ") == 1 and "Traceback" not in err and re.search(r"cannot be written .* MB were free", err) and not list(disk.rglob("*.tmp"))
         kept = sorted((disk / "run" / "checkpoints").glob("step_*"))
         assert len(kept) >= 1 and all((folder / ".metadata").exists() for folder in kept)
         shutil.move(disk / "run", tmp_path / "run")
-        assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "run", "--resume"])) == 0
-        assert ended(forked(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "whole"])) == 0
+        assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "run", "--resume"]).ended() == 0
+        assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "whole"]).ended() == 0
         same_runs(tmp_path / "whole", tmp_path / "run")
     finally:
         subprocess.run(["umount", "-l", disk])
