@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
@@ -80,6 +81,7 @@ def printable(text: str) -> str:
 
 def start_processes() -> None:
     """Join the processes that torchrun has started. Without torchrun this is the only one, and there is no group."""
+    Watch.reset()
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -639,9 +641,9 @@ def memory_needs(config, samples: int, prompt: int, completion: int, microbatch_
             return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
 
     text, total, size = config.get_text_config(), parameters(config), 2 if on_gpu else 4  # bytes of a computed number
-    d, f, layers, vocabulary = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
-    head = getattr(text, "head_dim", None) or d // text.num_attention_heads
-    q, kv = head * text.num_attention_heads, head * text.num_key_value_heads
+    d, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    f, head = getattr(text, "intermediate_size", None) or 4 * d, getattr(text, "head_dim", None) or d // text.num_attention_heads
+    q, kv = head * text.num_attention_heads, head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     layer = size * (6 * d + 2 * q + 2 * kv + 4 * f) + 4 * d * on_gpu  # what backward wants of a token and layer
     tokens = max(min(microbatch_tokens, samples * (prompt + completion)), prompt + completion)
     chunk = 4 * min(VOCABULARY_CHUNK, tokens * vocabulary)
@@ -833,32 +835,37 @@ def completion_logps(model, prompts: list[list[int]], completions: Tensor, mask:
 
 # ---------------------------------------------------------------- SFT warm-up
 
-def sft_example(tokenizer, row: dict, system_prompt: str) -> tuple[list[int], list[int]]:
-    """Prompt and completion ids of a row with a solution. The end token belongs to the completion: it is taught too."""
-    return build_prompt(tokenizer, row["problem"], system_prompt), tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def solution_ids(tokenizer, row: dict) -> list[int]:
+    """A solution as a completion. The end token belongs to it: it is taught too."""
+    return tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def warmup_split(rows: list[dict], tokenizer, args: Any) -> tuple[list[dict], list[dict]]:
-    """--warmup_frac of the rows that have a solution, drawn by the seed, for the SFT warm-up, and all other rows for RL: none is in both.
+def warmup_split(rows: list[dict], tokenizer, reward: Callable[[str, dict], float] | None, args: Any) -> tuple[list[dict], list[dict]]:
+    """--warmup_frac of the rows that have a solution, drawn by the seed, for the SFT warm-up, and the rows of all other problems for RL.
 
-    Solutions longer than --max_new_tokens stay out of the warm-up: who learns to write that much never gets to the end in RL.
+    Only what RL would reward is taught: no solution that is longer than --max_new_tokens (who learns to write that much never gets to the end)
+    or that the reward calls wrong.
     """
     solved = [i for i, row in enumerate(rows) if "solution" in row]
-    wanted, taken, long = round(args.warmup_frac * len(solved)), set(), 0
-    for i in np.random.default_rng([args.seed, 2 ** 31 + 1]).permutation(solved).astype(int).tolist():
-        if len(taken) == wanted:
-            break
-        if len(sft_example(tokenizer, rows[i], args.system_prompt)[1]) <= args.max_new_tokens:
-            taken.add(i)
-        else:
-            long += 1
-    if len(taken) < max(wanted, 2):  # the least is one row to learn from and one to validate with
-        taken = taken if len(taken) > 1 else set()
-        if wanted:
-            print(f"warm-up: {len(taken)} problems where {wanted} were wanted; {long} solutions are longer than --max_new_tokens {args.max_new_tokens}")
-    if len(taken) == len(rows) and args.steps:
+    wanted, taken, left_out = round(args.warmup_frac * len(solved)), [], Counter()
+    order = np.random.default_rng([args.seed, 2 ** 31 + 1]).permutation(solved).astype(int).tolist()
+    while order and len(taken) < wanted:
+        drawn, order = order[:wanted - len(taken)], order[wanted - len(taken):]
+        short = [i for i in drawn if len(solution_ids(tokenizer, rows[i])) <= args.max_new_tokens]
+        right = from_first(score(reward, [rows[i]["solution"] for i in short], [rows[i] for i in short]) >= 0.5 if short and rank() == 0 else short)
+        taken += [i for i, x in zip(short, right) if x]
+        left_out["longer than --max_new_tokens"] += len(drawn) - len(short)
+        left_out["wrong to the reward"] += len(short) - int(sum(right))
+    grader_counts()  # belongs to no step
+    taken = taken if len(taken) > 1 else []  # the least is one row to learn from and one to validate with
+    if len(taken) < wanted:
+        print(f"warm-up: {len(taken)} problems where {wanted} were wanted; solutions left out: "
+              + (", ".join(f"{n} {why}" for why, n in left_out.items() if n) or "none, but it takes two"))
+    problems = {rows[i]["problem"] for i in taken}
+    rest = [row for row in rows if row["problem"] not in problems]
+    if not rest and args.steps:
         refuse(f"--warmup_frac {args.warmup_frac} leaves no problem for RL: lower it, or give --steps 0 for the SFT baseline")
-    return [rows[i] for i in sorted(taken)], [row for i, row in enumerate(rows) if i not in taken]
+    return [rows[i] for i in sorted(taken)], rest
 
 
 def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
@@ -870,7 +877,8 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
     """
     if not rows or run.checkpoints():
         return
-    prompts, completions = zip(*[sft_example(tokenizer, row, args.system_prompt) for row in rows])
+    prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt) for row in rows]
+    completions = [solution_ids(tokenizer, row) for row in rows]
     settings = {name: getattr(args, name) for name in ("seed", "warmup_lr", "warmup_batch_size", "warmup_epochs", "weight_decay", "max_grad_norm")}
     key = hashlib.sha256(repr((prompts, completions, settings, model.fingerprint)).encode()).hexdigest()
     final, best, unfinished = run.dir / "warmup", run.dir / "warmup.best", run.dir / "warmup.state"
@@ -900,9 +908,13 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.warmup_lr, weight_decay=args.weight_decay)
     steps = per_epoch * args.warmup_epochs
     shape = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps).lr_lambdas[0]  # a function of the step alone
-    losses = [{"epoch": 0, "validation": loss_of(held_out, False)}]
+    losses = []
     if unfinished.exists():
-        losses = json.loads(load_state(unfinished, model, optimizer, losses="")["losses"])
+        state = load_state(unfinished, model, optimizer, losses="", key="")
+        if state["key"] != key:
+            refuse(f"{unfinished} is a warm-up on other rows, weights or flags: remove it, or train into another --out")
+        losses = json.loads(state["losses"])
+    losses = losses or [{"epoch": 0, "validation": loss_of(held_out, False)}]
     bar = progress(steps, per_epoch * (len(losses) - 1), desc="warm-up", unit="step")
     watch = Watch(bar)
     for epoch in range(len(losses), args.warmup_epochs + 1):
@@ -924,12 +936,13 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
         bar.set_postfix_str(f"loss {seen:.3f}, validation {losses[-1]['validation']:.3f}")
         if losses[-1] == min(losses[1:], key=lambda x: x["validation"]):
             save_pretrained(model, tokenizer, best)
-        save_state(unfinished, model, optimizer, losses=json.dumps(losses))
+        save_state(unfinished, model, optimizer, losses=json.dumps(losses), key=key)
     bar.close()
     chosen = min(losses[1:], key=lambda x: x["validation"])
     load_weights(best, model)
     if rank() == 0:
         write_atomic(best / "warmup.json", json.dumps({"key": key, "problems": len(rows), "kept": chosen["epoch"], "losses": losses}, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
         best.rename(final)
         shutil.rmtree(unfinished)
     barrier()
@@ -976,31 +989,54 @@ class Unanswered(Exception):
     """The endpoint cannot be used: no retry would help, or all have failed."""
 
 
+def whole_lines(path: Path) -> None:
+    """Before more is appended to a JSONL file: a last line that a kill has cut short is taken off, one that only lacks its end gets it."""
+    if path.exists() and (tail := path.read_bytes().rpartition(b"\n")[2]):
+        with open(path, "r+b") as file:
+            try:
+                json.loads(tail)
+                file.seek(0, os.SEEK_END)
+                file.write(b"\n")
+            except ValueError:
+                file.truncate(path.stat().st_size - len(tail))
+
+
+class NoAnswer(str):
+    """In the place of an answer: why there is none."""
+
+
+CUT_OFF = NoAnswer("cut off at --strategist_max_new_tokens")
+
+
 def is_url(name: str | None) -> bool:
-    return bool(name) and name.startswith(("http://", "https://"))
+    return bool(name) and name.lower().startswith(("http://", "https://"))
 
 
 class Endpoint:
     """An OpenAI-compatible chat endpoint, for many threads at once.
 
-    What may pass (429, 5xx, a dropped connection, a time-out, an answer that is not one) is tried again with growing pauses; a key or model
-    that it does not know ends the program. Every answer is kept in `journal` at once, so that a killed run asks nothing twice.
+    What may pass (429, 5xx, a dropped connection, a time-out, an answer that is not one) is tried again with growing pauses. A prompt that it
+    refuses, or that alone finds no answer, costs only itself; a key or model that it does not know, or nothing but refusals, ends the program.
+    Every answer is kept in `journal` at once, so that a killed run asks nothing twice.
     """
-    TRIES, PAUSE = 6, 1.0  # seconds, doubled at each try
+    TRIES, PAUSE, REFUSALS = 6, 1.0, 16  # PAUSE: seconds, doubled at each try
 
     def __init__(self, url: str, model: str, max_tokens: int, threads: int, journal: Path, watch: Watch):
         # Without a key of its own the client would send the user's Hugging Face token to whatever server this is.
-        self.key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        if not (self.key.isascii() and self.key.isprintable()):
+            refuse("OPENAI_API_KEY: holds characters that no key has; set it again")
         self.client = InferenceClient(base_url=url, api_key=self.key, timeout=600)
         self.url, self.model, self.max_tokens, self.threads, self.journal = url, model, max_tokens, threads, journal
         self.watch, self.lock = watch, threading.Lock()
-        self.answers = {}
-        for line in journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.exists() else ():
-            if line.endswith("}\n"):  # the last one may be cut
-                self.answers |= {(entry := json.loads(line))["request"]: entry["answer"]}
+        self.answers, self.answered, self.refused, self.silent = {}, 0, 0, 0  # silent: failures since the last answer
+        whole_lines(journal)
+        for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
+            entry = json.loads(line)
+            self.answers[entry["request"]] = NoAnswer(entry["none"]) if "none" in entry else entry["answer"]
 
     def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
-        """An answer to each prompt, one after the other; equal prompts are separate questions. "" where the endpoint refuses the prompt."""
+        """An answer, maybe a NoAnswer, to each prompt, one after the other; equal prompts are separate questions."""
         return [self._answer(prompt, nth, temperature) for nth, prompt in enumerate(prompts)]
 
     def _answer(self, prompt: str, nth: int, temperature: float) -> str:
@@ -1009,17 +1045,18 @@ class Endpoint:
             return self.answers[request]
         for attempt in range(self.TRIES):
             try:
-                reply = self.client.chat_completion([{"role": "user", "content": prompt}], model=self.model, max_tokens=self.max_tokens,
-                                                    temperature=temperature)
-                answer = reply.choices[0].message.content or ""
+                choice = self.client.chat_completion([{"role": "user", "content": prompt}], model=self.model, max_tokens=self.max_tokens,
+                                                     temperature=temperature).choices[0]
+                answer = CUT_OFF if choice.finish_reason == "length" else choice.message.content or ""
                 break
             except Exception as error:  # the client's HTTP errors, its transport's, and whatever a malformed answer leads to
                 response = getattr(error, "response", None)
                 status, why = getattr(response, "status_code", None), self._without_key(error)
-                if status in (400, 413, 422):  # too long for it, say: this prompt's fault
-                    answer = ""
-                    break
-                if status is not None and status < 500 and status not in (408, 409, 425, 429):
+                if status in (400, 413, 422):  # this prompt's fault, unless it is all prompts'
+                    self.refused += 1
+                    if self.refused < self.REFUSALS or self.answered:
+                        return NoAnswer("refused by the strategist")
+                if isinstance(error, OfflineModeIsEnabled) or status is not None and status < 500 and status not in (408, 409, 425, 429):
                     raise Unanswered(f"{self.url} refuses: {why}")
                 wait = self.PAUSE * 2 ** attempt * random.uniform(0.8, 1.2)
                 try:
@@ -1029,11 +1066,14 @@ class Endpoint:
                 if attempt + 1 < self.TRIES:
                     time.sleep(wait)
         else:
+            self.silent += 1
+            if self.answered and self.silent < self.REFUSALS:
+                return NoAnswer(f"no answer in {self.TRIES} tries")
             raise Unanswered(f"{self.url} has not answered in {self.TRIES} tries: {why}")
         with self.lock:
-            self.answers[request] = answer
+            self.answers[request], self.answered, self.silent = answer, self.answered + 1, 0
             with open(self.journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"request": request, "answer": answer}) + "\n")
+                file.write(json.dumps({"request": request, "none" if isinstance(answer, NoAnswer) else "answer": answer}) + "\n")
         return answer
 
     def each(self, work: Callable[[list], list], items: Sequence) -> Iterator:
@@ -1057,15 +1097,18 @@ class Endpoint:
         for _ in range(min(self.threads, len(items))):
             threading.Thread(target=worker, daemon=True).start()
         try:
-            for _ in items:
-                while done.empty() and not self.watch.stopped:
-                    time.sleep(0.02)
-                if self.watch.stopped:
-                    return
-                result, error = done.get()
+            left = len(items)
+            while left and not self.watch.stopped:
+                try:
+                    result, error = done.get(timeout=0.1)
+                except Empty:
+                    continue
                 if error:
                     raise error
+                left -= 1
                 yield result
+            if left:
+                return
         finally:
             over.set()
         self.journal.unlink(missing_ok=True)  # all is in the results
@@ -1083,18 +1126,21 @@ class LocalChat:
     def __init__(self, model, tokenizer, max_tokens: int, context: int, seed: int, watch: Watch):
         self.model, self.tokenizer, self.max_tokens, self.room, self.seed, self.watch = model, tokenizer, max_tokens, context - max_tokens, seed, watch
         self.eos = stop_ids(model, tokenizer)
+        if self.room <= 0:
+            refuse(f"--strategist_max_new_tokens {max_tokens} leaves no room for a prompt in the strategist's context of {context} tokens: lower it")
 
     def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
-        """An answer to each prompt; "" where it is too long for the model."""
-        ids, answers = [build_prompt(self.tokenizer, prompt, "") for prompt in prompts], [""] * len(prompts)
+        """An answer, maybe a NoAnswer, to each prompt."""
+        ids = [build_prompt(self.tokenizer, prompt, "") for prompt in prompts]
+        answers = [NoAnswer("too long for the strategist")] * len(prompts)
         for batch in microbatches([len(i) + self.max_tokens for i in ids], self.BATCH_TOKENS):
             batch = [k for k in batch if len(ids[k]) <= self.room]
             if batch and not self.watch.stopped:
                 self.watch.rolling_out(len(batch))
                 out = generate(self.model, [ids[k] for k in batch], self.eos, self.tokenizer.pad_token_id, self.max_tokens, temperature, 0.95, self.watch)
-                mask, _ = completion_mask(out, self.eos)
-                for k, completion, real in zip(batch, out, mask):
-                    answers[k] = self.tokenizer.decode(completion[real], skip_special_tokens=True)
+                mask, truncated = completion_mask(out, self.eos)
+                for k, completion, real, cut in zip(batch, out, mask, truncated):
+                    answers[k] = CUT_OFF if cut else self.tokenizer.decode(completion[real], skip_special_tokens=True)
         return answers
 
     def each(self, work: Callable[[list], list], items: Sequence) -> Iterator:
@@ -1115,7 +1161,7 @@ class Run:
     A directory that holds another configuration, or anything that is not a run, is refused. Resuming drops the rows of both
     logs that the checkpoint has not seen, so they end up as if the run had never stopped.
     """
-    MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints", "dry_run", "extract_only", "strategist_threads",
+    MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints", "dry_run", "extract_only", "strategist", "strategist_model", "strategist_threads",
                   "cpu_offload", "activation_checkpointing", "microbatch_tokens"}
     MAX_NONFINITE, nonfinite = 5, 0
 
@@ -1312,21 +1358,30 @@ class Watch(StoppingCriteria):
 
     As a stopping criterion it also shows how many tokens a rollout has written so far.
     """
+    _told = False  # of the program: what one part of a run is told, the next must know
 
     def __init__(self, bar):
-        self.bar, self.stopped = bar, False
+        self.bar = bar
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, self._on_signal)
+
+    @staticmethod
+    def reset() -> None:
+        Watch._told = False
+
+    @property
+    def stopped(self) -> bool:
+        return Watch._told
 
     def _on_signal(self, kind, frame) -> None:
         if self.stopped:
             raise SystemExit(130)
-        self.stopped = True
-        self.bar.write("stopping: saving a checkpoint (once more to stop without)")
+        Watch._told = True
+        self.bar.write("stopping: what is done will be saved (once more to stop without)")
 
     def agreed(self) -> bool:
         """Has any process been told to stop? All of them ask at the same places."""
-        self.stopped = any(everyones(self.stopped))
+        Watch._told = any(everyones(self.stopped))
         return self.stopped
 
     def rolling_out(self, rows: int) -> None:
@@ -1344,10 +1399,13 @@ def say_plan(args: Any, run: Run, rows: list[dict], warmup_rows: list[dict], sam
     steps = -(-len(warmup_rows) * 9 // 10 // args.warmup_batch_size)
     lines = {"warm-up": f"SFT on {len(warmup_rows)} problems, {args.warmup_epochs} epochs of {steps} steps" if warmup_rows else "none", **more,
              "training": f"{len(rows)} problems; {args.steps} steps of {args.prompts_per_step} x {samples} samples, at most {n_samples * args.max_new_tokens:,} "
-                         f"tokens a step; {args.steps * args.prompts_per_step / max(len(rows), 1):.2g} epochs",
-             "memory": fit_memory(args, n_samples, longest_prompt)}
-    if args.dry_run and not torch.cuda.is_available():
-        lines["on one GPU"] = fit_memory(copy.copy(args), n_samples, longest_prompt, gpu=80e9, host=256e9)
+                         f"tokens a step; {args.steps * args.prompts_per_step / max(len(rows), 1):.2g} epochs"}
+    if getattr(args, "extract_only", False):
+        lines = more
+    else:
+        lines["memory"] = fit_memory(args, n_samples, longest_prompt)
+        if args.dry_run and not torch.cuda.is_available():
+            lines["on one GPU"] = fit_memory(copy.copy(args), n_samples, longest_prompt, gpu=80e9, host=256e9)
     lines["run"] = str(run.dir)
     print("plan")
     say_table([[name, printable(text)] for name, text in lines.items()])

@@ -283,7 +283,7 @@ def main() -> None:
     if eval_rows:
         eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     check_context(args.model, longest, args.max_new_tokens)
-    warmup_rows, rows = warmup_split(rows, tokenizer, args)
+    warmup_rows, rows = warmup_split(rows, tokenizer, reward, args)
     say_plan(args, run, rows, warmup_rows, f"{args.group_size}", args.prompts_per_step * args.group_size, longest)
     if args.dry_run:
         return

@@ -10,6 +10,7 @@ What differs from grpo_baseline.py (equation numbers are the paper's, arXiv 2606
     python sgpo.py                                      # the built-in demo: CPU, offline, minutes
     python sgpo.py --model Qwen/Qwen2.5-7B-Instruct     # real problems: strategies, SFT warm-up, RL
 """
+import fcntl
 import json
 import math
 import os
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor
 from transformers.hf_argparser import HfArg
 
-from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Endpoint, LocalChat, Run, Unanswered, Watch, as_forward, batch_of_step, build_prompt,
+from common import (DEFAULT_DATASET, SYSTEM_PROMPT, Endpoint, LocalChat, NoAnswer, Run, Unanswered, Watch, as_forward, batch_of_step, build_prompt,
                     check_context, check_flags, clip_gradients, completion_hidden, completion_logps, completion_mask, context_length, dealt,
                     demo_recipe, everyones, gathered, generate, gives_away, grader_counts, in_step, is_url, load_policy, load_problems, load_reward,
                     load_tokenizer, microbatches, over_vocabulary, parse_args, peak_memory_gb, printable, progress, rank, refuse, rollout_weights,
                     say_plan, say_table, score, seed_everything, sft_warmup, start_processes, stop_ids, summed, usable_rows, warmup_split,
-                    within_memory, write_atomic)
+                    within_memory, whole_lines)
 
 # Letters: B problems of a step, G samples a problem, N rows (problems x samples), P prompt, C completion, V vocabulary.
 
@@ -114,11 +115,14 @@ def check_args(args: Args) -> None:
     check_flags(args, dict(guided_group_size=1, delta=0, alpha0=0, alpha_max=0, fixed_alpha=0, strategist_max_new_tokens=1, strategist_threads=1,
                            strategy_candidates=1))
     if is_url(args.strategist):
-        if "@" in args.strategist:
+        if re.search("[@?#]", args.strategist):
             refuse("--strategist: take the key or password out of the address and put it into the environment variable OPENAI_API_KEY")
         if not args.strategist_model:
             refuse(f"--strategist {args.strategist} is an endpoint: name the model to ask there with --strategist_model")
-    if args.strategies and not os.path.isdir(os.path.dirname(args.strategies) or "."):
+    elif args.strategist_model:
+        refuse(f"--strategist_model {args.strategist_model} is asked at an endpoint: give its address, http(s)://HOST:PORT/v1, as --strategist")
+    folder = Path(args.strategies or ".").absolute().parent
+    if not folder.is_dir() and folder != Path(args.out or ".").absolute():
         refuse(f"--strategies {args.strategies}: there is no such folder to put it in")
     if not args.temperature > 0 or not 0 < args.top_p <= 1:
         refuse(f"--temperature must be above 0 and --top_p in (0, 1], not {args.temperature} and {args.top_p}")
@@ -177,18 +181,33 @@ Answer:
 {strategies}"""
 
 
+def said_after_thinking(answer: str) -> str:
+    """An answer without what was thought before it; nothing where the thought never ended."""
+    answer = answer.rpartition("</think>")[2]
+    return "" if "<think>" in answer else answer
+
+
 def parse_strategy(answer: str) -> str | None:
-    """The strategy in a strategist's answer, without what it thought before; None where one of the three parts is missing or empty."""
-    text = re.sub(r"\*\*|__|^#+ *", "", answer.rsplit("</think>", 1)[-1], flags=re.M)
-    found = re.search(r"\b(?:problem +)?type *:(.+?)\bstrategy *:(.+?)\bsteps *:(.+)", text, re.S | re.I)
-    return text[found.start():].strip() if found and all(re.search(r"\w", part) for part in found.groups()) else None
+    """The strategy in a strategist's answer; None where one of the three parts is missing or empty, or the prompt's own form came back."""
+    text = re.sub(r"^#+ *", "", re.sub(r"(?<![\w*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?!\w)", r"\2", said_after_thinking(answer)), flags=re.M)
+    starts, at = [], 0
+    for label in (r"(?:\bproblem +)?\btype", r"\bstrategy", r"\bsteps"):
+        found = re.compile(rf"{label} *(?:\([^()\n]*\) *)?(?::|(?<=\w)\n)", re.I).search(text, at)
+        if found is None:
+            return None
+        starts.append(found)
+        at = found.end()
+    ends = [starts[1].start(), starts[2].start(), len(text)]
+    parts = [text[found.end():end] for found, end in zip(starts, ends)]
+    echoed = any(line in text for line in EXTRACTION_PROMPT.splitlines() if line.startswith(("Problem type:", "Strategy:")))
+    return text[starts[0].start():].strip() if all(re.search(r"\w", part) for part in parts) and not echoed else None
 
 
 def parse_scores(answer: str, n: int) -> list[float | None]:
     """The score of each of n strategies, None where there is none from 0 to 1."""
-    found = re.findall(r"^\W*(?:strategy|candidate)?\W*([0-9]+)\W*?(?::|[=.)-]\s)[\s*]*([01]?\.[0-9]+|[01])(?![0-9.]|\s*/\s*(?!1(?![0-9])))",
-                       answer.rsplit("</think>", 1)[-1], re.M | re.I)
-    scores = {int(k): float(x) for k, x in found if float(x) <= 1}
+    label = r"^\W*(?:strategy|candidate|score)?\W*([0-9]+)`?\W*?"
+    scores = {int(k): float(x) for k, x in re.findall(label + r"(?::|\||[=.)\u2013\u2014-]\s)[\s*`|]*([01]?\.[0-9]+|[01])(?![0-9]|\.[0-9]|\s*/\s*(?!1(?![0-9])))",
+                                                     said_after_thinking(answer), re.M | re.I) if float(x) <= 1}
     return [scores.get(k + 1) for k in range(n)]
 
 
@@ -215,6 +234,8 @@ def extract(rows: list[dict], ask, fits, args: Args) -> list[dict]:
 
 def judge(answer: str, row: dict, fits) -> dict:
     """A candidate: its strategy, and why it is rejected if it is."""
+    if isinstance(answer, NoAnswer):
+        return {"rejected": str(answer)}
     strategy = parse_strategy(answer)
     if strategy is None:
         return {"rejected": "not in three parts", "answer": answer[-2000:]}
@@ -226,12 +247,12 @@ def judge(answer: str, row: dict, fits) -> dict:
 
 
 def read_strategies(path: Path) -> dict[str, dict]:
-    """problem -> its line of the file; "strategy" is null where the extraction found none. A last line that a kill has cut is taken out."""
-    found, text = {}, path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = text.split("\n")
-    if lines[-1] and lines[-1].startswith('{"id": ') and not lines[-1].endswith("}"):
-        lines[-1] = ""
-        write_atomic(path, "\n".join(lines))
+    """problem -> its line of the file; "strategy" is null where the extraction found none. A last line that a kill has cut is left out."""
+    found = {}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"--strategies {path}: cannot be read as text ({type(error).__name__})")
     for number, line in enumerate(lines, 1):
         if line:
             try:
@@ -239,9 +260,15 @@ def read_strategies(path: Path) -> dict[str, dict]:
                 if not isinstance(entry["strategy"], str | None):
                     raise TypeError
                 found[entry["problem"]] = entry
-            except (ValueError, TypeError, KeyError):
-                refuse(f"{path}, line {number}: must be a JSON object with \"problem\" and \"strategy\"")
+            except (ValueError, TypeError, KeyError) as error:
+                if not (isinstance(error, ValueError) and number == len(lines) and line.startswith('{"id": ')):
+                    refuse(f"{path}, line {number}: must be a JSON object with \"problem\" and \"strategy\"")
     return found
+
+
+def strategist_of(args: Args) -> str:
+    """Who is asked, as the file of strategies names it."""
+    return args.strategist_model or args.strategist or args.model
 
 
 def adopt_strategies(rows: list[dict], path: Path) -> dict[str, dict]:
@@ -253,9 +280,30 @@ def adopt_strategies(rows: list[dict], path: Path) -> dict[str, dict]:
     return found
 
 
+def worth_another_try(entry: dict, args: Args) -> bool:
+    """Is this line of the file, without a strategy, another strategist's, or one of an endpoint that fell silent?"""
+    silent = any(c.get("rejected", "").startswith("no answer") for c in entry.get("candidates", ()))
+    return entry["strategy"] is None and (silent or entry.get("strategist", strategist_of(args)) != strategist_of(args))
+
+
+def longest_prompt(args: Args) -> int:
+    """In tokens: what --max_prompt_tokens and the model's context allow."""
+    return min(args.max_prompt_tokens, context_length(args.model) - args.max_new_tokens)
+
+
+def drop_long_strategies(rows: list[dict], encode, args: Args) -> None:
+    """A strategy that makes the prompt too long goes; its problem stays. `encode(row)` gives the prompts without and with it."""
+    long = [row for row in rows if "strategy" in row and len(encode(row)[1]) > longest_prompt(args)]
+    for row in long:
+        del row["strategy"]
+    if long:
+        print(f"dropped the strategies of {len(long)} of {len(rows)} rows: with them the prompt is over {longest_prompt(args)} tokens, "
+              f"first: id {printable(long[0]['id'])}")
+
+
 def add_strategies(rows: list[dict], model, tokenizer, own_tokenizer, path: Path, run: Run, args: Args) -> None:
     """Extract a strategy for each of these rows, which have a solution, into the file: one by one, as they come."""
-    limit, lock = min(args.max_prompt_tokens, context_length(args.model) - args.max_new_tokens), threading.Lock()
+    limit, lock = longest_prompt(args), threading.Lock()
     bar = progress(len(rows), desc="strategies", unit="problem")
     watch, kept = Watch(bar), 0
 
@@ -265,9 +313,9 @@ def add_strategies(rows: list[dict], model, tokenizer, own_tokenizer, path: Path
 
     def results():
         if is_url(args.strategist):
-            strategist = Endpoint(args.strategist, args.strategist_model, args.strategist_max_new_tokens, args.strategist_threads,
-                                  path.with_name(path.name + ".answers"), watch)
             if rank() == 0:  # one process has threads enough
+                strategist = Endpoint(args.strategist, args.strategist_model, args.strategist_max_new_tokens, args.strategist_threads,
+                                      path.with_name(path.name + ".answers"), watch)
                 yield from strategist.each(lambda some: extract(some, strategist.ask, fits, args), rows)
             return
         name, flag = (args.strategist, "--strategist") if args.strategist else (args.model, "--model")
@@ -275,12 +323,17 @@ def add_strategies(rows: list[dict], model, tokenizer, own_tokenizer, path: Path
             strategist = LocalChat(fast, own_tokenizer, args.strategist_max_new_tokens, context_length(name, flag), args.seed, watch)
             yield from strategist.each(lambda some: extract(some, strategist.ask, fits, args), rows)
 
-    if rank() == 0 and path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n":  # a given file may lack its last line end
-        path.write_bytes(path.read_bytes() + b"\n")
     with open(path if rank() == 0 else os.devnull, "a", encoding="utf-8") as file:
         try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if rank() == 0:
+                refuse(f"--strategies {path}: another run is writing it; wait for that, or name another file", alone=True)
+        if rank() == 0:
+            whole_lines(path)
+        try:
             for result in results():
-                file.write(json.dumps(result) + "\n")
+                file.write(json.dumps({**result, "strategist": strategist_of(args)}) + "\n")
                 file.flush()
                 kept += result["strategy"] is not None
                 bar.set_postfix_str(f"{kept} found")
@@ -607,16 +660,19 @@ def main() -> None:
 
     rows, eval_rows = load_problems(args)
     strategies_path = Path(args.strategies or run.dir / "strategies.jsonl")
-    known = adopt_strategies(rows, strategies_path) if args.distill != "none" else {}
+    extracting = args.distill != "none" and bool(args.steps or args.extract_only)
+    known = adopt_strategies(rows, strategies_path) if extracting else {}
+    drop_long_strategies([*rows, *eval_rows], encode, args)
     rows, longest = usable_rows(rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     if eval_rows:
         eval_rows, _ = usable_rows(eval_rows, encode, args.max_prompt_tokens, check_gold=reward is None)
     check_context(args.model, longest, args.max_new_tokens)
-    warmup_rows, rows = warmup_split(rows, tokenizer, args)
-    wanted = args.distill != "none" and args.strategist != "none"
-    unread = list({row["problem"]: row for row in rows if wanted and "solution" in row and "strategy" not in row and row["problem"] not in known}.values())
+    warmup_rows, rows = warmup_split(rows, tokenizer, reward, args)
+    asked = {problem for problem, entry in known.items() if not worth_another_try(entry, args)}
+    unread = {row["problem"]: row for row in rows if "solution" in row and "strategy" not in row and row["problem"] not in asked}
+    unread = list(unread.values()) if extracting and args.strategist != "none" else []
     helped = sum("strategy" in row for row in rows)
-    if not helped and not unread and args.distill != "none":
+    if extracting and not helped and not unread and not known:
         refuse(f"none of the {len(rows)} problems has a strategy, or a solution to extract one from: add \"strategy\" or \"solution\" to the rows of "
                "--dataset, name a file of --strategies, or train without with --distill none")
     n_guided = args.guided_group_size * (args.distill != "none")
@@ -625,8 +681,9 @@ def main() -> None:
              + f" by {args.strategist or args.model}, {args.strategy_candidates} candidates each -> {strategies_path}" * bool(unread))
     if args.dry_run:
         return
-    model = load_policy(args.model, activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload)
-    eos = stop_ids(model, tokenizer)
+    model = None
+    if not args.extract_only or unread and args.strategist is None:
+        model = load_policy(args.model, activation_checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload)
     run.create()
     if unread:
         add_strategies(unread, model, tokenizer, own_tokenizer, strategies_path, run, args)
@@ -635,7 +692,8 @@ def main() -> None:
         helped = sum("strategy" in row for row in rows)
     if args.extract_only:
         return
-    if args.distill != "none" and helped < len(rows):
+    eos = stop_ids(model, tokenizer)
+    if extracting and helped < len(rows):
         print(f"{len(rows) - helped} of {len(rows)} problems have no strategy: they train by GRPO alone" + (
             "" if helped else f"; nothing is left of SGPO, try a stronger --strategist ({strategies_path} says why candidates were rejected)"))
     sft_warmup(model, tokenizer, warmup_rows, run, args)

@@ -632,7 +632,7 @@ def main() -> None:
     check_context(args.model, longest, args.max_new_tokens)
     if args.teacher:
         check_context(args.teacher, longest, args.max_new_tokens, "--teacher")
-    warmup_rows, rows = warmup_split(rows, tokenizer, args)
+    warmup_rows, rows = warmup_split(rows, tokenizer, reward, args)
     say_plan(args, run, rows, warmup_rows, f"{args.group_size}", args.prompts_per_step * args.group_size, longest)
     if args.dry_run:
         return

@@ -19,9 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(autouse=True)
 def _same_after():
-    """No test sees what another left: handlers of signals, the grader's counts."""
+    """No test sees what another left: handlers of signals, an order to stop, the grader's counts."""
     import common
     common.grader_counts()
+    common.Watch.reset()
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
     for kind, handler in before.items():

@@ -1,4 +1,5 @@
 """From solutions to strategies: what is asked, what is accepted, what leaks, and what a server may do meanwhile."""
+import fcntl
 import importlib.util
 import json
 import os
@@ -35,6 +36,9 @@ GOOD = "Problem type: sums.\nStrategy: doubling.\nSteps:\n1. Read the number.\n2
     ("**Problem type:** sums.\n\n**Strategy:** doubling.\n\n### Steps:\n1. Double.", "Problem type: sums.\n\nStrategy: doubling.\n\nSteps:\n1. Double."),
     ("Type: A. Strategy: chain. Steps: +2, -2.", "Type: A. Strategy: chain. Steps: +2, -2."),
     ("Problem type: sums.\nSteps:\n1. Double.", None), ("Strategy: doubling.\nSteps:\n1. Double.", None), ("Problem type: sums.\nStrategy: doubling.", None),
+    ("Problem type: sums.\nStrategy: doubling.\nSteps (in order):\n1. Double.", "Problem type: sums.\nStrategy: doubling.\nSteps (in order):\n1. Double."),
+    ("### Problem type\nsums.\n### Strategy\ndoubling.\n### Steps\n1. Take 2**3 or 2**4.", "Problem type\nsums.\nStrategy\ndoubling.\nSteps\n1. Take 2**3 or 2**4."),
+    (f"<think>\n{GOOD}\nBut wait", None), (sgpo.EXTRACTION_PROMPT, None), ("type: " * 5000 + "strategy: " * 5000, None),
     ("Problem type:\nStrategy:\nSteps:\n", None), ("Problem type: sums.\nStrategy: doubling.\nSteps:\n **", None), ("", None),
 ])
 def test_a_strategy_has_three_parts(answer, strategy):
@@ -44,7 +48,8 @@ def test_a_strategy_has_three_parts(answer, strategy):
 @pytest.mark.parametrize("answer, n, scores", [
     ("Strategy 1: 0.75\nStrategy 2: 1\nStrategy 3: 0", 3, [0.75, 1.0, 0.0]),
     ("<think>Strategy 1: 0.1</think>\n**Strategy 1:** 0.9\n- Strategy 2: .5 (fine)", 2, [0.9, 0.5]),
-    ("1: 0.2\n2. 0.3\n3) 0.4", 3, [0.2, 0.3, 0.4]),
+    ("1: 0.2\n2. 0.3\n3) 0.4", 3, [0.2, 0.3, 0.4]), ("<think>Strategy 1: 0.5", 1, [None]), ("`Strategy 1`: `0.5`.\nStrategy 2 \u2013 0.6.\nScore 3: 1.0.", 3, [0.5, 0.6, 1.0]),
+    ("| Strategy | Score |\n|---|---|\n| 1 | 0.7 |\n| 2 | 0.4 |", 2, [0.7, 0.4]),
     ("Strategy 2: 0.5", 3, [None, 0.5, None]), ("Strategy 1: 7\nStrategy 2: 8/10\nStrategy 3: 1.5", 3, [None, None, None]),
     ("Strategy 1: 0.8/1\nStrategy 2: 1/10", 2, [0.8, None]), ("They are all fine.", 2, [None, None]), ("Strategy 9: 0.9", 1, [None]), ("1.0", 1, [None]),
 ])
@@ -105,20 +110,22 @@ def test_the_leak_check_never_raises(text, gold):
 
 # ---- a server
 
-def answer_to(prompt: str) -> str:
-    """What a strategist would say: one of five candidates leaks, the judge likes longer ones better."""
+def answer_to(prompt: str, nth: int = 5) -> str:
+    """What a strategist would say: of five candidates the first gives the answer away, the second is endless; the judge likes later ones better."""
     if prompt.startswith(JUDGE):
         n = prompt.count("\n\nStrategy ")
         return "\n".join(f"Strategy {k}: 0.{k + 4}" for k in range(1, n + 1))
     number = re.findall(r"What is (\d+) \+", prompt)[-1]
-    return f"<think>It is {2 * int(number)}.</think>Problem type: sum of {number}.\nStrategy: doubling.\nSteps:\n1. Double it."
+    last = {0: f"which makes {2 * int(number)}", 1: "and so on " * 60}.get(nth, "")
+    return f"<think>It is {2 * int(number)}.</think>Problem type: sum of {number}.\nStrategy: doubling.\nSteps:\n1. Double it{' ' * bool(last)}{last}."
 
 
 class Server:
-    """An OpenAI-compatible chat endpoint on loopback; `mishap(n)` says what goes wrong with the n-th request."""
+    """An OpenAI-compatible chat endpoint on loopback; `mishap(n)` says what goes wrong with the n-th request, `cursed` and `endless` with some prompts."""
 
-    def __init__(self, mishap=lambda n: None, delay=0.0):
+    def __init__(self, mishap=lambda n: None, delay=0.0, cursed="\0", endless="\0"):
         self.requests, self.answered, self.keys, self.busy, self.busiest, lock = 0, Counter(), set(), 0, 0, threading.Lock()
+        self.temperatures = set()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -158,10 +165,15 @@ class Server:
                 if isinstance(kind, int):
                     return self.reply(kind, json.dumps({"error": f"bad key {self.headers['Authorization']}"}).encode())
                 prompt = body["messages"][0]["content"]
+                if cursed in prompt:
+                    return self.reply(500, b"{}")
                 assert body["model"] == "strong" and body["max_tokens"] == 2048 and len(body["messages"]) == 1
                 with lock:
+                    nth = server.answered[prompt]
                     server.answered[prompt] += 1
-                self.reply(200, json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer_to(prompt)}}],
+                    server.temperatures.add((prompt.startswith(JUDGE), body["temperature"]))
+                self.reply(200, json.dumps({"choices": [{"index": 0, "finish_reason": "length" if endless in prompt else "stop",
+                                                         "message": {"role": "assistant", "content": answer_to(prompt, nth)}}],
                                             "created": 0, "id": "x", "model": "strong", "system_fingerprint": "", "usage": {
                                                 "completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}}).encode())
 
@@ -213,8 +225,12 @@ def test_an_endpoint_extracts_and_training_follows(command, tmp_path, run_script
     assert len(found) == 12 and not list((tmp_path / "run").glob("*.answers"))
     for row in found:
         assert row["strategy"].startswith("Problem type: sum of") and "</think>" not in row["strategy"]
-        assert [c["score"] for c in row["candidates"]] == [0.5, 0.6, 0.7, 0.8, 0.9] and row["score"] == 0.9
-    assert "12 of 12" in said.out and "100.0% in [0.8, 1]" in said.out
+        assert [c.get("score", c.get("rejected")) for c in row["candidates"]] == ["gives the answer away", "too long", 0.5, 0.6, 0.7] and row["score"] == 0.7
+        assert "which makes" in row["candidates"][0]["strategy"] and "and so on" in row["candidates"][1]["strategy"] and row["strategist"] == "strong"
+    assert server.temperatures == {(False, 1.0), (True, 0.0)}
+    assert "12 of 12" in said.out and "0.0% in [0.8, 1], 100.0% in [0.5, 0.8)" in said.out and "12 gives the answer away, 12 too long" in said.out
+    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert sum(metrics[f"grader/{x}"] for x in ("right", "wrong", "no_box")) == 8  # this step's samples and no more: none of the leak check's
     assert sum(s["guided"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl")) == 4
     for path in (tmp_path / "run").rglob("*"):  # the key is nowhere
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
@@ -248,7 +264,38 @@ def test_a_prompt_that_the_endpoint_refuses_costs_its_row_only(command, tmp_path
     with Server(mishap=lambda n: 400 if n <= 5 else None) as server:
         assert run_script("sgpo", *command, "--strategist", server.url, "--strategist_threads", 1, "--extract_only") == 0
     found = strategies_of(tmp_path / "run" / "strategies.jsonl")
-    assert sum(s is None for s in found.values()) == 1 and "5 not in three parts" in capsys.readouterr().out
+    assert sum(s is None for s in found.values()) == 1 and "5 refused by the strategist" in capsys.readouterr().out
+
+
+def test_an_endpoint_that_refuses_every_prompt_ends_the_program(command, tmp_path, run_script, capsys):
+    with Server(mishap=lambda n: 422) as server:
+        assert run_script("sgpo", *command, "--strategist", server.url) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "refuses" in err and "422" in err and server.requests < 40
+
+
+def test_a_prompt_without_an_answer_costs_its_row_only(command, tmp_path, run_script, capsys):
+    with Server(cursed="What is 14 +", endless="What is 15 +", delay=0.01) as server:
+        assert run_script("sgpo", *command, "--strategist", server.url, "--strategist_threads", 4, "--extract_only") == 0
+    found = strategies_of(tmp_path / "run" / "strategies.jsonl")
+    assert [problem for problem, s in found.items() if s is None] and {problem for problem, s in found.items() if s is None} == {"What is 14 + 14?", "What is 15 + 15?"}
+    said = capsys.readouterr().out
+    with Server() as server:  # it may know better now
+        assert run_script("sgpo", *command, "--strategist", server.url, "--extract_only", "--resume") == 0
+    nothing_asked_twice(server, 1)
+    assert strategies_of(tmp_path / "run" / "strategies.jsonl")["What is 14 + 14?"]
+    assert "5 no answer in 6 tries" in said and "5 cut off at --strategist_max_new_tokens" in said
+
+
+def test_a_key_is_stripped_and_must_be_one(command, tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    with Server() as server:
+        assert run_script("sgpo", *command, "--strategist", server.url, "--extract_only") == 0
+        assert server.keys == {f"Bearer {KEY}"}
+        monkeypatch.setenv("OPENAI_API_KEY", "schlüssel")
+        assert run_script("sgpo", *command, "--strategist", server.url, "--out", tmp_path / "other") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "OPENAI_API_KEY" in err and "schl" not in err
 
 
 def test_killed_and_resumed_asks_nothing_twice(command, tmp_path):
@@ -303,21 +350,69 @@ def test_a_given_file_is_used_as_it_is(command, tmp_path, run_script, capsys):
     assert strategies_of(given_file) == {**{r["problem"]: r["strategy"] for r in rows}, **{f"What is {i} + {i}?": f"Problem type: sum of {i}.\nStrategy: doubling.\n"
                                          "Steps:\n1. Double it." for i in range(17, 23)}}
     capsys.readouterr()
-    assert run_script("sgpo", *command, "--strategist", "none", "--strategies", given_file, "--out", tmp_path / "plain") == 0
+    assert run_script("sgpo", *command, "--strategist", "none", "--strategist_model", "", "--strategies", given_file, "--out", tmp_path / "plain") == 0
     assert "1 of 12 problems have no strategy" in capsys.readouterr().out
 
 
 def test_refusals(command, tmp_path, run_script, capsys):
     (tmp_path / "thesis.jsonl").write_text('{"problem": "p", "strategy": "s"}\nprecious')
-    plain = write_rows(tmp_path / "plain.jsonl", [{"problem": "p", "answer": "1"}] * 3)
-    for flags, said in ((["--strategist", "http://x/v1", "--strategist_model", ""], "--strategist_model"), (["--strategist", "http://me:key@x/v1"], "OPENAI_API_KEY"),
-                        (["--strategies", "nowhere/s.jsonl"], "no such folder"), (["--strategies", tmp_path / "thesis.jsonl"], "thesis.jsonl, line 2"),
-                        (["--strategist", "./missing"], "--strategist ./missing: no such directory"), (["--strategy_candidates", 0], "--strategy_candidates"),
-                        (["--dataset", plain], "or a solution to extract one from"), (["--strategist", "none"], "or a solution to extract one from")):
+    plain, own = write_rows(tmp_path / "plain.jsonl", [{"problem": "p", "answer": "1"}] * 3), ["--strategist_model", ""]
+    for flags, said in ((["--strategist", "http://x/v1", *own], "--strategist_model"), (["--strategist", "http://me:key@x/v1"], "OPENAI_API_KEY"),
+                        (["--strategist", "http://x/v1?key=abc"], "OPENAI_API_KEY"), (["--strategist", "host:8000"], "http(s)://HOST:PORT/v1"),
+                        (["--strategies", tmp_path, *own], "cannot be read as text"), (["--strategies", "nowhere/s.jsonl", *own], "no such folder"),
+                        (["--strategies", tmp_path / "thesis.jsonl", *own], "thesis.jsonl, line 2"),
+                        (["--strategist", "./missing", *own], "--strategist ./missing: no such directory"), (["--strategy_candidates", 0], "--strategy_candidates"),
+                        (["--dataset", plain, *own], "or a solution to extract one from"), (["--strategist", "none", *own], "or a solution to extract one from")):
         assert run_script("sgpo", *command, *flags) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and said in err and not (tmp_path / "run").exists(), err
     assert (tmp_path / "thesis.jsonl").read_text().endswith("precious")
+
+
+def test_another_strategist_is_asked_where_one_found_nothing(command, tmp_path, run_script):
+    rows = [{"id": str(i), "problem": f"What is {i} + {i}?", "strategy": None, "strategist": "strong" if i < 14 else "weak"} for i in range(11, 23)]
+    file = write_rows(tmp_path / "mine.jsonl", rows)
+    with Server() as server:
+        assert run_script("sgpo", *command, "--strategist", server.url, "--strategies", file, "--extract_only") == 0
+    nothing_asked_twice(server, 9)
+    assert sum(s is not None for s in strategies_of(file).values()) == 9
+
+
+def test_two_runs_do_not_write_one_file(command, tmp_path, run_script, capsys):
+    with Server() as server, open(tmp_path / "mine.jsonl", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_script("sgpo", *command, "--strategist", server.url, "--strategies", tmp_path / "mine.jsonl") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "another run is writing it" in err and server.requests == 0
+
+
+def test_a_strategy_that_is_too_long_costs_the_strategy_and_not_the_row(command, tmp_path, run_script, capsys):
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "strategy": "s" * (900 if i == 12 else 9)} for i in range(11, 15)]
+    data = write_rows(tmp_path / "given.jsonl", rows)
+    assert run_script("sgpo", *command, "--dataset", data, "--strategist_model", "", "--prompts_per_step", 4) == 0
+    said = capsys.readouterr().out
+    assert "dropped the strategies of 1 of 4 rows" in said and "1 of 4 problems have no strategy" in said
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    assert len({s["id"] for s in samples}) == 4 and len({s["id"] for s in samples if s["guided"]}) == 3
+
+
+def test_no_steps_need_no_strategies(command, tmp_path, run_script):
+    assert run_script("sgpo", *command, "--strategist_model", "", "--steps", 0, "--warmup_frac", 0.5, "--warmup_epochs", 1, "--max_new_tokens", 60) == 0
+    assert (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "strategies.jsonl").exists()
+
+
+def test_what_the_problem_states_does_not_leak():
+    row = {"problem": "Solve 3x = 9", "answer": "3"}
+    assert "rejected" not in sgpo.judge(GOOD.replace("Double it", "Divide by 3"), row, lambda *_: True)
+    assert sgpo.judge(GOOD.replace("Double it", "Divide by 3"), {**row, "problem": "Solve 5x = 15"}, lambda *_: True)["rejected"] == "gives the answer away"
+
+
+def test_an_order_to_stop_is_not_forgotten_between_two_parts_of_a_run():
+    first = common.Watch(common.progress(1))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert first.agreed() and common.Watch(common.progress(1)).agreed()
+    common.Watch.reset()
+    assert not first.agreed()
 
 
 # ---- a model on this machine
@@ -387,7 +482,7 @@ def test_a_luffy_file_goes_through_with_the_model_as_its_own_strategist(strategi
     assert (out / "model" / "model.safetensors").exists() and len(read_jsonl(out / "metrics.jsonl")) == 2
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "openai"))), reason="needs transformers[serving]")
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("fastapi", "uvicorn", "openai", "accelerate"))), reason="needs transformers[serving]")
 def test_a_real_server(strategist, model_dirs, tmp_path, run_script, monkeypatch):
     """`transformers serve`, with the model that has learnt its answers by heart."""
     folder, rows = strategist

@@ -38,6 +38,7 @@ def same_runs(a: Path, b: Path) -> None:
 # ---- kills
 
 def test_twenty_kills_at_any_moment_change_nothing(argv, tmp_path):
+    Child(int).ended()  # the server of forks has started
     began = time.time()
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
     whole, draw, kills, reached = time.time() - began, random.Random(0), 0, set()
@@ -46,7 +47,7 @@ def test_twenty_kills_at_any_moment_change_nothing(argv, tmp_path):
         shutil.rmtree(tmp_path / "broken" / "model", ignore_errors=True)
         child = Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "broken", *again])
         time.sleep(draw.uniform(0.1, 0.6 * whole))
-        os.kill(child.pid, signal.SIGKILL)
+        child.process.kill()
         kills += child.ended() == -9
         reached |= {p.name for p in (tmp_path / "broken").glob("checkpoints/*")}
         if (tmp_path / "broken" / "metrics.jsonl").exists() and len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()) > 10:

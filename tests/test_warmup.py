@@ -95,7 +95,7 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path):
     saved = load_file(tmp_path / "run" / "warmup" / "model.safetensors")
     assert all(torch.equal(saved[k], v) for k, v in model.state_dict().items() if k in saved)
     held_out = np.random.default_rng([0, 2 ** 31 + 2]).permutation(12)[:1]
-    prompt, response = common.sft_example(small_tokenizer(), rows[held_out[0]], "Think.")
+    prompt, response = common.build_prompt(small_tokenizer(), rows[held_out[0]]["problem"], "Think."), common.solution_ids(small_tokenizer(), rows[held_out[0]])
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     assert cross_entropy(logits, torch.tensor(response)).item() == pytest.approx(min(validation), abs=1e-5)
 
@@ -103,19 +103,32 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path):
 def test_the_split(capsys):
     tokenizer = small_tokenizer()
     rows = ROWS + [{"problem": "No solution here", "answer": "1", "id": "x"}]
-    taken, rest = common.warmup_split(rows, tokenizer, args_of(warmup_frac=0.33))
+    taken, rest = common.warmup_split(rows, tokenizer, None, args_of(warmup_frac=0.33))
     assert len(taken) == 10 and len(rest) == 21 and not {r["id"] for r in taken} & {r["id"] for r in rest}
-    assert taken != common.warmup_split(rows, tokenizer, args_of(warmup_frac=0.33, seed=1))[0]
-    assert common.warmup_split(rows, tokenizer, args_of(warmup_frac=0.0)) == ([], rows) and capsys.readouterr().out == ""
-    taken, rest = common.warmup_split(rows, tokenizer, args_of(warmup_frac=0.9, max_new_tokens=len(tokenizer(ROWS[1]["solution"]).input_ids) + 1))
+    assert taken != common.warmup_split(rows, tokenizer, None, args_of(warmup_frac=0.33, seed=1))[0]
+    assert common.warmup_split(rows, tokenizer, None, args_of(warmup_frac=0.0)) == ([], rows) and capsys.readouterr().out == ""
+    taken, rest = common.warmup_split(rows, tokenizer, None, args_of(warmup_frac=0.9, max_new_tokens=len(tokenizer(ROWS[1]["solution"]).input_ids) + 1))
     assert {len(r["solution"]) for r in taken} <= {len(r["solution"]) for r in (ROWS[0], ROWS[1], ROWS[7])} and 2 <= len(taken) < 27
     assert f"warm-up: {len(taken)} problems where 27 were wanted" in capsys.readouterr().out
-    assert common.warmup_split(rows[:1] + rows[-1:], tokenizer, args_of(warmup_frac=1.0)) == ([], rows[:1] + rows[-1:])  # one row cannot validate itself
+    assert common.warmup_split(rows[:1] + rows[-1:], tokenizer, None, args_of(warmup_frac=1.0)) == ([], rows[:1] + rows[-1:])  # one row cannot validate itself
+    assert "0 problems where 1 were wanted; solutions left out: none, but it takes two" in capsys.readouterr().out
+
+
+def test_what_is_taught_is_right_and_no_problem_is_in_both(capsys):
+    rows = [{**row, "answer": "-1"} if i % 3 == 0 else row for i, row in enumerate(ROWS)]
+    rows += [{**row, "id": f"again {row['id']}"} for row in ROWS]  # the same problems once more
+    taken, rest = common.warmup_split(rows, small_tokenizer(), None, args_of(warmup_frac=0.5))
+    assert len(taken) == 30 and len(rest) > 10 and all(row["answer"] != "-1" for row in taken) and not {r["problem"] for r in taken} & {r["problem"] for r in rest}
+    assert not any(common.grader_counts().values())
+    again = lambda text, row: row["id"].startswith("again")
+    assert all(row["id"].startswith("again") for row in common.warmup_split(rows, small_tokenizer(), again, args_of(warmup_frac=0.3))[0])
+    assert len(common.warmup_split(rows, small_tokenizer(), again, args_of(warmup_frac=0.9, steps=0))[0]) == 30
+    assert "30 problems where 54 were wanted; solutions left out: 30 wrong to the reward" in capsys.readouterr().out
 
 
 @pytest.fixture
 def solved(tmp_path, model_dirs):
-    (tmp_path / "reward.py").write_text("def even(response, row):\n    return float(len(response) % 2 == 0)\n")
+    (tmp_path / "reward.py").write_text("def even(response, row):\n    return float(len(response) % 2 == 0 or response == row.get('solution'))\n")
     data = write_rows(tmp_path / "solved.jsonl", [{**row, "strategy": f"Type: sum. Strategy: double. Steps: double {row['id']}."} for row in ROWS])
     return ["--model", model_dirs["qwen2"], "--dataset", data, "--reward", f"{tmp_path}/reward.py:even", "--prompts_per_step", 2, "--group_size", 2, "--lr", 1e-3,
             "--max_new_tokens", 40, "--warmup_lr", 1e-3, "--warmup_batch_size", 4, "--warmup_epochs", 3]
@@ -127,7 +140,7 @@ def test_three_scripts_start_from_the_same_warm_up_and_train_on_other_rows(solve
         assert ("warm-up: the weights of" in capsys.readouterr().out) == (script != "sgpo")
     assert not any((tmp_path / "runs" / script / "warmup").exists() for script in ("grpo_baseline", "tgpo"))
     tokenizer = small_tokenizer()
-    taken, rest = common.warmup_split(common.load_rows(str(tmp_path / "solved.jsonl")), tokenizer, args_of(warmup_frac=0.33, max_new_tokens=40))
+    taken, rest = common.warmup_split(common.load_rows(str(tmp_path / "solved.jsonl")), tokenizer, None, args_of(warmup_frac=0.33, max_new_tokens=40))
     for script in ("sgpo", "grpo_baseline", "tgpo"):
         assert {s["id"] for s in read_jsonl(tmp_path / "runs" / script / "samples.jsonl")} <= {r["id"] for r in rest}
     assert run_script("grpo_baseline", *solved, "--steps", 0, "--seed", 1, "--out", tmp_path / "runs" / "other") == 0  # another seed, other rows
