@@ -123,7 +123,7 @@ def answer_to(prompt: str, nth: int = 5) -> str:
 class Server:
     """An OpenAI-compatible chat endpoint on loopback; `mishap(n)` says what goes wrong with the n-th request, `cursed` and `endless` with some prompts."""
 
-    def __init__(self, mishap=lambda n: None, delay=0.0, cursed="\0", endless="\0"):
+    def __init__(self, mishap=lambda n: None, delay=0.0, cursed="\0", endless="\0", retry_after="0"):
         self.requests, self.answered, self.keys, self.busy, self.busiest, lock = 0, Counter(), set(), 0, 0, threading.Lock()
         self.temperatures = set()
         server = self
@@ -161,7 +161,7 @@ class Server:
                 if kind == "empty":
                     return self.reply(200, b'{"choices": []}')
                 if kind == 429:
-                    return self.reply(429, b'{"error": "slow down"}', Retry_After="0")
+                    return self.reply(429, b'{"error": "slow down"}', Retry_After=retry_after)
                 if isinstance(kind, int):
                     return self.reply(kind, json.dumps({"error": f"bad key {self.headers['Authorization']}"}).encode())
                 prompt = body["messages"][0]["content"]
@@ -336,6 +336,35 @@ def test_without_a_key_no_other_token_is_sent(command, tmp_path, run_script, mon
     with Server() as server:
         assert run_script("sgpo", *command, "--strategist", server.url, "--extract_only") == 0
     assert server.keys == {"Bearer none"}
+
+
+def test_the_journal_knows_its_questions_and_survives_a_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Endpoint, "PAUSE", 0.01)
+    prompt = sgpo.EXTRACTION_PROMPT.format(problem="What is 11 + 11?", solution="22")
+
+    def ask(url, model="strong", max_tokens=2048, temperature=1.0):
+        endpoint = common.Endpoint(url, model, max_tokens, 1, tmp_path / "journal", common.Watch(common.progress(1)))
+        return endpoint.ask([prompt, prompt], temperature)
+
+    with Server() as server:
+        first = ask(server.url)
+        with open(tmp_path / "journal", "a") as file:
+            file.write('{"request": "cut')
+        assert ask(server.url) == first and server.requests == 2
+        ask(server.url, temperature=0.0)
+        assert server.requests == 4 and ask(server.url) == first
+        for other in ({"model": "weak"}, {"max_tokens": 1}):  # this server refuses both, so they were asked
+            with pytest.raises(common.Unanswered):
+                ask(server.url, **other)
+    assert len(read_jsonl(tmp_path / "journal")) == 4
+
+
+def test_a_server_that_says_when_is_asked_then(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(common.time, "sleep", waits.append)
+    with Server(mishap=lambda n: 429 if n < 4 else None, retry_after="7") as server:
+        common.Endpoint(server.url, "strong", 2048, 1, tmp_path / "journal", common.Watch(common.progress(1))).ask(["What is 11 + 11?"], 1.0)
+    assert waits.count(7.0) == 3
 
 
 # ---- files of strategies

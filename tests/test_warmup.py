@@ -33,7 +33,7 @@ class FakeRun:
 
 
 def plain_loop(rows, args):
-    """SFT as anybody would write it: a row at a time, the library's own loss, float64 -> model, validation losses."""
+    """SFT as anybody would write it: a row at a time, the library's own loss, float64 -> weights and losses after each epoch."""
     model, tokenizer = small_model().double(), small_tokenizer()
     order = np.random.default_rng([args.seed, 2 ** 31 + 2]).permutation(len(rows))
     held_out, train = order[:max(1, round(len(rows) / 10))], order[max(1, round(len(rows) / 10)):]
@@ -51,20 +51,23 @@ def plain_loop(rows, args):
         sums, counts = zip(*[nll(i) for i in chosen])
         return sum(sums) / sum(counts)
 
-    values, states, step = [mean_of(held_out).item()], [], 0
+    values, states, trained, step = [mean_of(held_out).item()], [], [], 0
     for epoch in range(1, args.warmup_epochs + 1):
         shuffled = train[np.random.default_rng([args.seed, 2 ** 31 + 2, epoch]).permutation(len(train))]
+        trained.append(0.0)
         for batch in np.array_split(shuffled, per_epoch):
             share = step / max(rise, 1) if step < rise else 0.5 * (1 + np.cos(np.pi * (step - rise) / (per_epoch * args.warmup_epochs - rise)))
             optimizer.param_groups[0]["lr"] = args.warmup_lr * share
-            mean_of(batch).backward()
+            loss = mean_of(batch)
+            trained[-1] += loss.item() / per_epoch
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
         values.append(mean_of(held_out).item())
         states.append({k: v.clone() for k, v in model.state_dict().items()})
-    return states, values
+    return states, values, trained
 
 
 @pytest.mark.parametrize("budget", [150, 10 ** 6])
@@ -73,9 +76,10 @@ def test_losses_and_weights_are_a_plain_loops(budget, tmp_path):
     model = small_model().double()
     model.fingerprint = ""
     common.sft_warmup(model, small_tokenizer(), ROWS, FakeRun(tmp_path / "run"), args)
-    states, values = plain_loop(ROWS, args)
+    states, values, trained = plain_loop(ROWS, args)
     kept = json.loads((tmp_path / "run" / "warmup" / "warmup.json").read_text())
     assert [x["validation"] for x in kept["losses"]] == pytest.approx(values, abs=1e-6) and values[-1] < values[0] - 0.1
+    assert [x["train"] for x in kept["losses"][1:]] == pytest.approx(trained, abs=1e-6)
     best = int(np.argmin(values[1:]))
     assert kept["kept"] == best + 1
     for name, tensor in model.state_dict().items():
@@ -98,6 +102,18 @@ def test_the_best_epoch_is_kept_and_not_the_last(tmp_path):
     prompt, response = common.build_prompt(small_tokenizer(), rows[held_out[0]]["problem"], "Think."), common.solution_ids(small_tokenizer(), rows[held_out[0]])
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     assert cross_entropy(logits, torch.tensor(response)).item() == pytest.approx(min(validation), abs=1e-5)
+
+
+@pytest.mark.parametrize("change", [None, "rows", "seed", "weights", "warmup_lr"])
+def test_a_warm_up_is_lent_only_to_its_equal(change, tmp_path, capsys):
+    def run(name, rows=ROWS[:8], weights=0, **flags):
+        model = small_model(seed=weights)
+        model.fingerprint = str(weights)
+        common.sft_warmup(model, small_tokenizer(), rows, FakeRun(tmp_path / name), args_of(warmup_epochs=1, **flags))
+        return "which had the same one" in capsys.readouterr().out
+
+    assert not run("first")
+    assert run("second", **{None: {}, "rows": {"rows": ROWS[1:9]}, "seed": {"seed": 1}, "weights": {"weights": 1}, "warmup_lr": {"warmup_lr": 2e-3}}[change]) == (change is None)
 
 
 def test_the_split(capsys):
