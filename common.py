@@ -49,10 +49,10 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, get_cosine_schedule_with_warmup)
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
@@ -414,6 +414,11 @@ def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT, st
 
 # ---------------------------------------------------------------- models
 
+GPU_CHUNK, CPU_CHUNK = 2 ** 26, 2 ** 23  # logits a chunk: 256 MiB in fp32; 32 MiB, what a CPU's cache nearly holds
+VOCABULARY_CHUNK = GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
+BATCH_COST = 256 if torch.cuda.is_available() else 32  # what a micro-batch costs whatever is in it, in tokens
+
+
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -646,7 +651,7 @@ def memory_needs(config, samples: int, prompt: int, completion: int, microbatch_
     q, kv = head * text.num_attention_heads, head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     layer = size * (6 * d + 2 * q + 2 * kv + 4 * f) + 4 * d * on_gpu  # what backward wants of a token and layer
     tokens = max(min(microbatch_tokens, samples * (prompt + completion)), prompt + completion)
-    chunk = 4 * min(VOCABULARY_CHUNK, tokens * vocabulary)
+    chunk = 4 * min(GPU_CHUNK if on_gpu else CPU_CHUNK, tokens * vocabulary)
     share = total / processes
     needs = {"weights, gradients, Adam": 16 * share, "weights gathered for rollouts": 2 * total * on_gpu,
              "key-value cache": 1.4 * samples * (prompt + completion) * 2 * layers * kv * size, "logits of a rollout": samples * vocabulary * 24,
@@ -720,33 +725,236 @@ def stop_ids(model, tokenizer) -> list[int]:
     return sorted({i for i in ids if i is not None})
 
 
+# ---------------------------------------------------------------- rollouts
+
+FAST_MODELS: tuple[str, ...] = ()  # model types whose --fast_rollout a GPU has confirmed: what `auto` takes it for
+_rows_at_once, _warned = sys.maxsize, set()  # as many rows as memory has been seen to hold; what has been said already
+
+
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], eos: list[int], pad: int, max_new_tokens: int, temperature: float, top_p: float,
-             watch: StoppingCriteria | None = None) -> Tensor:
-    """One `generate` call for all prompts, left-padded -> completion ids [N, C] as sampled, on the model's device.
+             watch: StoppingCriteria | None = None, fast_rollout: str = "off") -> Tensor:
+    """A completion for each prompt, all sampled at once -> ids [N, C], `pad` behind their ends, on the model's device.
 
-    Every sampling setting is explicit. `generate` fills what is left open from the checkpoint's own generation_config
-    (Qwen2.5-Instruct's has top_k 20 and a repetition penalty), so that is put aside for the call. eval mode: in train mode
-    with activation checkpointing `generate` drops its cache and forgets the context.
+    Temperature and nucleus as given and nothing else: the checkpoint's own generation_config (Qwen2.5-Instruct's has top_k 20 and a repetition
+    penalty) has no part in it. The draws are made beforehand, one for each row and place, so that a row's tokens do not depend on which others are
+    written beside it; out of memory, half the rows are written at a time. eval mode: in train mode activation checkpointing drops the cache.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, repetition_penalty=1.0,
-                              num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True)
-    if not config.do_sample:
-        config.temperature = config.top_p = config.top_k = None
-    own, training = model.generation_config, model.training
+    global _rows_at_once
+    training, draws, parts = model.training, torch.rand(len(prompts), max_new_tokens, device=model.device), []
+    model.eval()
     try:
-        model.generation_config = GenerationConfig()
-        model.eval()
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                             stopping_criteria=[watch] if watch is not None else None)
+        while (first := sum(map(len, parts))) < len(prompts) and not (parts and getattr(watch, "stopped", False)):
+            rows, part = slice(first, first + min(_rows_at_once, len(prompts))), None
+            try:
+                part = _write(model, prompts[rows], draws[rows], eos, pad, temperature, top_p, watch, _is_fast(model, fast_rollout))
+            except torch.OutOfMemoryError:
+                if len(prompts[rows]) == 1:
+                    refuse(f"out of memory with a single completion: lower --max_new_tokens {max_new_tokens}", alone=True)
+            if part is None:  # outside of `except`, whose traceback holds the tensors that were too many
+                torch.cuda.empty_cache()
+                _rows_at_once = len(prompts[rows]) // 2
+                print(f"warning: out of memory with {len(prompts[rows])} completions at once, going on with {_rows_at_once}", file=sys.stderr)
+            else:
+                parts.append(part)
     finally:
-        model.generation_config = own
         model.train(training)
-    return out[:, width:]
+    width = max(part.shape[1] for part in parts)
+    out = torch.full((len(prompts), width), pad, device=model.device)
+    for part, first in zip(parts, itertools.accumulate(map(len, parts), initial=0)):
+        out[first:first + len(part), :part.shape[1]] = part
+    return out
 
+
+def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: int, temperature: float, top_p: float, watch, fast: bool) -> Tensor:
+    """`generate` for rows that fit into memory; `draws` [n, C] uniform in [0, 1)."""
+    out, ends = torch.full(draws.shape, pad, device=draws.device), torch.tensor(eos, device=draws.device)
+    decoder = _Decoder(model, prompts, draws.shape[1], fast)
+    rows = torch.arange(len(prompts), device=draws.device)  # those still in the batch
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    for t in range(draws.shape[1]):
+        logits = decoder.begin() if t == 0 else decoder.next(tokens)
+        tokens = sample(logits, draws[rows, t], temperature, top_p)
+        out[rows, t] = tokens.where(~ended, pad)
+        ended |= torch.isin(tokens, ends)
+        live = (~ended).nonzero()[:, 0]
+        if not len(live) or watch is not None and watch(out[rows, :t + 1], logits).any():
+            break
+        if len(live) <= decoder.PAYS * len(rows):  # a row that has ended costs as much as one that has not
+            decoder.keep(live)
+            rows, ended, tokens = rows[live], ended[live], tokens[live]
+    return out[:, :t + 1]
+
+
+def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> Tensor:
+    """[n, V] logits, [n] uniform draws -> [n] ids by the inverse of the distribution function; at temperature 0 the likeliest.
+
+    Nucleus: the likeliest tokens, in order, as long as those before them hold less than top_p. A few rows at a time, since this is done in float64: in
+    fp32 the unlikely half of a large vocabulary would be lost between two steps of the sum.
+    """
+    if not temperature:
+        return logits.argmax(-1)
+    picked = []
+    for some, draw in zip(*(x.split(max(VOCABULARY_CHUNK // (8 * logits.shape[1]), 1)) for x in (logits, draws))):
+        p, ids = (some.float() / temperature).softmax(-1), None
+        if top_p < 1:
+            likeliest = p.topk(min(1024, p.shape[1]))
+            p, ids = likeliest if (likeliest.values.sum(1) >= top_p).all() else p.sort(descending=True)
+        total = p.cumsum(1, dtype=torch.float64)
+        if top_p < 1:
+            p = p * (total - p < top_p)
+            total = p.cumsum(1, dtype=torch.float64)
+        index = torch.searchsorted(total, draw[:, None] * total[:, -1:], right=True).clamp_(max=p.shape[1] - 1)
+        picked.append((index if ids is None else ids.gather(1, index))[:, 0])
+    return torch.cat(picked)
+
+
+class _Decoder:
+    """The forward passes of a rollout. Equal prompts are read once. `fast`: each token's pass is a CUDA graph over a cache of fixed size."""
+
+    def __init__(self, model, prompts: list[list[int]], max_new_tokens: int, fast: bool):
+        self.model, self.fast, self.replay, self.PAYS = model, fast, None, 0.5 if fast else 0.9
+        distinct = {tuple(prompt): k for k, prompt in reversed(list(enumerate(prompts)))}
+        order = {prompt: k for k, prompt in enumerate(distinct)}
+        self.rows = torch.tensor([order[tuple(prompt)] for prompt in prompts], device=model.device)  # which of the distinct prompts each row has
+        self.length = max(map(len, distinct))  # of the cache, with the padding on the left
+        self.ids = torch.tensor([[0] * (self.length - len(p)) + list(p) for p in distinct], device=model.device)
+        self.starts = torch.tensor([self.length - len(p) for p in distinct], device=model.device)
+        self.padded = bool((self.starts > 0).any())
+        self.cache = DynamicCache(config=model.config)
+        self.cache.layers = [_Layer(self.length + max_new_tokens) if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+
+    def _pass(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """ids [n, t] -> logits [n, V] of what follows the last."""
+        out = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return self.model.get_output_embeddings()(out.last_hidden_state[:, -1])
+
+    def _mask(self, length: int) -> Tensor | None:
+        """[n, length] True where there is a token and no padding."""
+        return torch.arange(length, device=self.starts.device) >= self.starts[:, None] if self.padded else None
+
+    def begin(self) -> Tensor:
+        """Read the prompts -> logits [N, V]."""
+        places = torch.arange(self.length, device=self.starts.device) - self.starts[:, None]
+        logits = self._pass(self.ids, self._mask(self.length), places.clamp(min=0))[self.rows]
+        self.keep(self.rows)
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, in this order; one may come several times."""
+        self.cache.batch_select_indices(rows)
+        self.starts, self.replay = self.starts[rows], None
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """The tokens [n] that the rows have chosen -> logits [n, V]."""
+        self.length += 1
+        positions = (self.length - 1 - self.starts)[:, None]
+        if self.fast:
+            try:
+                return self._fast_next(tokens, positions)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                warn_once(f"--fast_rollout: {str(error).splitlines()[0]}; going on without")
+                self.fast = False
+                for layer in self.cache.layers:
+                    layer.at = None
+        return self._pass(tokens[:, None], self._mask(self.length), positions)
+
+    def _fast_next(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        at = self.length - 1
+        if self.replay is None or at == self.here.shape[-1]:  # other rows, or no room left: a new graph
+            self.tokens, self.positions, self.at = tokens[:, None].clone(), positions.clone(), torch.tensor([at], device=tokens.device)
+            room = {layer.fix(at, self.at) for layer in self.cache.layers}.pop()
+            self.here = (torch.arange(room, device=tokens.device) >= self.starts[:, None])[:, None, None]
+            self.here[..., at + 1:] = False
+            self.replay = _captured(lambda: self._pass(self.tokens, self.here, self.positions))
+        self.tokens.copy_(tokens[:, None])
+        self.positions.copy_(positions)
+        self.at.fill_(at)
+        self.here[..., at] = True
+        return self.replay()
+
+
+class _Layer(DynamicLayer):
+    """A layer's keys and values [n, heads, T, d], written into room made beforehand: `cat` would copy all of them at every token."""
+    ROOM, room, at = 256, None, None  # tokens by which it grows; [n, heads, >= T, d] twice; where to write, if the whole room is read
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most, self.is_initialized = most, True
+
+    def get_seq_length(self) -> int:
+        return 0 if self.room is None else self.keys.shape[2]
+
+    def _enlarge(self, length: int, states: Sequence[Tensor]) -> None:
+        old, size = self.get_seq_length(), min(-(-length // self.ROOM) * self.ROOM, self.most)
+        self.room = [x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in states]
+        if old:
+            self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.at is not None:
+            for room, new in zip(self.room, (keys, values)):
+                room.index_copy_(2, self.at, new)
+            return tuple(self.room)
+        old = self.get_seq_length()
+        length = old + keys.shape[2]
+        if self.room is None or length > self.room[0].shape[2]:
+            self._enlarge(length, (keys, values))
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, old:length] = new
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        return self.keys, self.values
+
+    def fix(self, length: int, at: Tensor) -> int:
+        """From now on write at `at` and read the whole room, which holds `length` tokens -> the room."""
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+        if length == self.room[0].shape[2]:
+            self._enlarge(length + 1, self.room)
+        self.at = at
+        return self.room[0].shape[2]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = [room[indices] for room in self.room]
+        length = self.keys.shape[2]
+        self.keys, self.values = (room[:, :, :length] for room in self.room)
+
+
+def _captured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A CUDA graph of forward(), which reads and writes the same tensors every time -> its replay. Without a GPU forward itself."""
+    if not torch.cuda.is_available():
+        return forward
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # libraries set themselves up in a first pass
+        forward()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = forward()
+    return lambda: (graph.replay(), logits)[1]
+
+
+def _is_fast(model, fast_rollout: str) -> bool:
+    """Is --fast_rollout to be tried with this model?"""
+    if fast_rollout == "off" or fast_rollout == "auto" and model.config.model_type not in FAST_MODELS:
+        return False
+    reason = "needs a GPU" if model.device.type != "cuda" else ""
+    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
+        reason = f"{model.config.model_type} has layers without full attention"
+    if reason:
+        warn_once(f"--fast_rollout: {reason}; going on without")
+    return not reason
+
+
+def warn_once(message: str) -> None:
+    if message not in _warned and rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
+    _warned.add(message)
+
+
+# ---------------------------------------------------------------- log-probs in training
 
 def completion_mask(completions: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
     """[N, C] ids -> mask [N, C], True up to and including the FIRST end token, and truncated [N], True where there is none.
@@ -758,14 +966,21 @@ def completion_mask(completions: Tensor, eos: list[int]) -> tuple[Tensor, Tensor
     return ends_before == 0, ~is_end.any(1)
 
 
-def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices sorted by length and cut so that (longest in the cut) x (rows in it) <= budget tokens; a longer row stands alone."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+def microbatches(lengths: Sequence[int], budget: int, per_batch: int | None = None) -> list[list[int]]:
+    """Indices sorted by length and cut so that (longest in the cut) x (rows in it) <= budget tokens; a longer row stands alone.
+
+    Of all such cuts the one of the least cost, that is padded tokens plus `per_batch` for every batch: what a pass costs whatever is in it, in tokens.
+    """
+    per_batch = BATCH_COST if per_batch is None else per_batch
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    best = [(0, 0)]  # of the first k rows: the least cost, and where the last batch begins
+    for k in range(1, len(order) + 1):
+        begins = itertools.takewhile(lambda j: j == k - 1 or lengths[order[j]] * (k - j) <= budget, range(k - 1, -1, -1))
+        best.append(min((best[j][0] + lengths[order[j]] * (k - j) + per_batch, j) for j in begins))
+    batches, k = [], len(order)
+    while k:
+        batches.insert(0, order[best[k][1]:k])
+        k = best[k][1]
     return batches
 
 
@@ -792,26 +1007,62 @@ def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask
     return hidden[row, starts[row] + t - 1]
 
 
-VOCABULARY_CHUNK = 2 ** 26  # logits a chunk: 256 MiB in fp32
-
-
 def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor], per_token: Sequence[Tensor] = (),
                     temperature: float = 1.0) -> tuple[Tensor, ...]:
     """fn(*logits, *per_token) -> tensors [m], applied to chunks of tokens so that no [M, V] tensor ever exists.
 
     `hiddens` are [M, d] each, their fp32 logits [m, V] are divided by the sampling temperature. The logits are computed again
-    in backward, so memory is flat in M.
+    in backward, so memory is flat in M. Gradients go to hiddens and head, not to `per_token` or what `fn` brings along.
     """
     head = model.get_output_embeddings()
+    return _OverVocabulary.apply(fn, temperature, len(hiddens), head.weight, head.bias, *hiddens, *per_token)
 
-    def chunk_of(*tensors: Tensor) -> tuple[Tensor, ...]:
-        states, rest = tensors[:len(hiddens)], tensors[len(hiddens):]
-        return fn(*[head(h).float().div_(temperature) for h in states], *rest)
 
-    size = max(VOCABULARY_CHUNK // head.weight.shape[0], 1)
-    out = [checkpoint(chunk_of, *chunk, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else chunk_of(*chunk)
-           for chunk in zip(*[x.split(size) for x in (*hiddens, *per_token)], strict=True)]
-    return tuple(torch.cat(parts) for parts in zip(*out, strict=True))
+class _OverVocabulary(torch.autograd.Function):
+    """The chunks of `over_vocabulary`. All of them add to one fp32 gradient of the head in place; autograd would make one each."""
+
+    @staticmethod
+    def chunks(temperature: float, n: int, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[tuple[list, list, list]]:
+        """-> hidden states, their logits, what else fn takes; of one chunk at a time."""
+        for parts in zip(*[x.split(max(VOCABULARY_CHUNK // weight.shape[0], 1)) for x in tensors], strict=True):
+            yield parts[:n], [torch.nn.functional.linear(h, weight, bias).float().div_(temperature) for h in parts[:n]], parts[n:]
+
+    @staticmethod
+    def forward(ctx, fn, temperature, n, weight, bias, *tensors):
+        ctx.fn, ctx.temperature, ctx.n = fn, temperature, n
+        ctx.save_for_backward(weight, bias, *tensors)
+        ctx.set_materialize_grads(False)
+        out = [fn(*logits, *rest) for _, logits, rest in _OverVocabulary.chunks(temperature, n, weight, bias, tensors)]
+        out = tuple(torch.cat(parts) for parts in zip(*out, strict=True))
+        ctx.mark_non_differentiable(*[x for x in out if not x.is_floating_point()])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        weight, bias, *tensors = ctx.saved_tensors
+        wanted, size = ctx.needs_input_grad, max(VOCABULARY_CHUNK // weight.shape[0], 1)
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if wanted[3] else None
+        of_bias = torch.zeros_like(bias) if wanted[4] else None
+        of_hiddens = [torch.zeros_like(h) if wanted[5 + i] else None for i, h in enumerate(tensors[:ctx.n])]
+        for k, (hiddens, logits, rest) in enumerate(_OverVocabulary.chunks(ctx.temperature, ctx.n, weight, bias, tensors)):
+            with torch.enable_grad():
+                out = ctx.fn(*[x.requires_grad_() for x in logits], *rest)
+                out, upstream = zip(*[(x, g[k * size:(k + 1) * size]) for x, g in zip(out, grads) if g is not None and x.requires_grad])
+            of_logits = torch.autograd.grad(out, logits, upstream, allow_unused=True)
+            del out
+            for hidden, d, to in zip(hiddens, of_logits, of_hiddens):
+                if d is not None:
+                    d = d.div_(ctx.temperature).to(hidden.dtype)
+                    if to is not None:
+                        torch.mm(d, weight, out=to[k * size:(k + 1) * size])
+                    if of_weight is not None and of_weight.dtype == d.dtype:
+                        of_weight.addmm_(d.T, hidden)
+                    elif of_weight is not None:
+                        of_weight += d.T @ hidden
+                    if of_bias is not None:
+                        of_bias += d.sum(0)
+        return None, None, None, None if of_weight is None else of_weight.to(weight.dtype), of_bias, *of_hiddens, *[None] * (len(tensors) - ctx.n)
 
 
 def log_prob_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -905,7 +1156,7 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
             value += loss.item()
         return sum(everyones(value))
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.warmup_lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.warmup_lr, weight_decay=args.weight_decay, fused=True)
     steps = per_epoch * args.warmup_epochs
     shape = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps).lr_lambdas[0]  # a function of the step alone
     losses = []
@@ -1133,10 +1384,10 @@ class LocalChat:
         """An answer, maybe a NoAnswer, to each prompt."""
         ids = [build_prompt(self.tokenizer, prompt, "") for prompt in prompts]
         answers = [NoAnswer("too long for the strategist")] * len(prompts)
-        for batch in microbatches([len(i) + self.max_tokens for i in ids], self.BATCH_TOKENS):
+        for batch in microbatches([len(i) + self.max_tokens for i in ids], self.BATCH_TOKENS, per_batch=self.BATCH_TOKENS):  # as few as can be
             batch = [k for k in batch if len(ids[k]) <= self.room]
             if batch and not self.watch.stopped:
-                self.watch.rolling_out(len(batch))
+                self.watch.rolling_out()
                 out = generate(self.model, [ids[k] for k in batch], self.eos, self.tokenizer.pad_token_id, self.max_tokens, temperature, 0.95, self.watch)
                 mask, truncated = completion_mask(out, self.eos)
                 for k, completion, real, cut in zip(batch, out, mask, truncated):
@@ -1162,7 +1413,7 @@ class Run:
     logs that the checkpoint has not seen, so they end up as if the run had never stopped.
     """
     MAY_DIFFER = {"out", "resume", "steps", "save_every", "keep_checkpoints", "dry_run", "extract_only", "strategist", "strategist_model", "strategist_threads",
-                  "cpu_offload", "activation_checkpointing", "microbatch_tokens"}
+                  "cpu_offload", "activation_checkpointing", "microbatch_tokens", "fast_rollout"}
     MAX_NONFINITE, nonfinite = 5, 0
 
     def __init__(self, args: Any):
@@ -1384,12 +1635,12 @@ class Watch(StoppingCriteria):
         Watch._told = any(everyones(self.stopped))
         return self.stopped
 
-    def rolling_out(self, rows: int) -> None:
-        self.rows, self.tokens = rows, 0
+    def rolling_out(self) -> None:
+        self.tokens = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.tokens += self.rows
-        if self.tokens // self.rows % 16 == 0:
+        self.tokens += len(input_ids)
+        if input_ids.shape[1] % 16 == 0:
             self.bar.set_postfix_str(f"{self.tokens} tokens sampled")
         return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device)
 

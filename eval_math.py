@@ -51,7 +51,7 @@ class Args:
     # The papers' 32K is for long reasoning: a batch is sampled until its longest row ends, so one endless row would hold all the
     # others back eight times longer. Look at the truncated share before trusting a lower limit; --max_new_tokens 32768 is the papers'.
     max_new_tokens: int = HfArg(default=4096, help="longest completion, in tokens; raise it where the truncated share is not near 0")
-    batch_size: int = HfArg(default=64, help="completions sampled at once; halved by itself when memory runs out")
+    batch_size: int = HfArg(default=64, help="completions sampled at once; fewer by itself when memory runs out")
     seed: int = HfArg(default=0, help="seed of sampling and bootstrap")
     system_prompt: str = HfArg(default=SYSTEM_PROMPT, help="system message; empty for none")
 
@@ -231,8 +231,8 @@ class Progress(StoppingCriteria):
         self.bar = tqdm(total=total, initial=initial, desc="eval", unit="completion", smoothing=0, disable=None)
         self.began, self.tokens = time.perf_counter(), 0
 
-    def start_batch(self, part: Part, generations: list[dict], rows: int) -> None:
-        self.rows, self.steps = rows, 0
+    def start_batch(self, part: Part, generations: list[dict]) -> None:
+        self.sampled = 0
         accuracy = f", accuracy {np.mean([g['correct'] for g in generations]):.3f}" if generations else ""
         self.state = label(part.name, part.guided) + accuracy
 
@@ -240,9 +240,9 @@ class Progress(StoppingCriteria):
         self.bar.set_postfix_str(f"{self.state}, {tokens / (time.perf_counter() - self.began):.0f} tokens/s")
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.steps += 1
-        if self.steps % 16 == 0:
-            self.show(self.tokens + self.rows * self.steps)
+        self.sampled += len(input_ids)
+        if input_ids.shape[1] % 16 == 0:
+            self.show(self.tokens + self.sampled)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
@@ -250,30 +250,16 @@ def sample_part(model, tokenizer, eos: list[int], part: Part, generations: list[
     """Sample and grade what `generations` lacks, batch by batch; each batch is appended to it and to the file.
 
     A batch draws from a seed of its own, (seed, part, first task), so that it comes out the same wherever a run was resumed, and whatever
-    other benchmarks there are. Out of memory: this batch and the rest of the part are sampled with half the batch size.
+    other benchmarks there are, and also where memory does not hold it whole.
     """
-    tasks, size = part.tasks(), args.batch_size
-    if generations:  # smaller than the flag says if memory ran out there
-        start, end = generations[-1]["batch"]
-        size = end - start
+    tasks = part.tasks()
     while len(generations) < len(tasks):
         start = len(generations)
-        batch = tasks[start:start + size]
-        progress.start_batch(part, generations, len(batch))
+        batch = tasks[start:start + args.batch_size]
+        progress.start_batch(part, generations)
         seed_everything(args.seed, zlib.crc32(label(part.name, part.guided).encode()), start)
-        completions = None
-        try:
-            completions = generate(model, [part.prompts[i] for i, _ in batch], eos, tokenizer.pad_token_id, args.max_new_tokens,
-                                   args.temperature, args.top_p, progress)
-        except torch.cuda.OutOfMemoryError:
-            if len(batch) == 1:
-                refuse(f"out of memory with a single completion of {part.name}: lower --max_new_tokens {args.max_new_tokens}")
-        if completions is None:  # outside of `except`, whose traceback holds the tensors that were too many
-            torch.cuda.empty_cache()
-            size = len(batch) // 2
-            progress.bar.write(f"warning: out of memory with {len(batch)} completions at once, going on with {size} (the results stay valid; where "
-                               f"{len(batch)} fit, the same seed draws other samples)", file=sys.stderr)
-            continue
+        completions = generate(model, [part.prompts[i] for i, _ in batch], eos, tokenizer.pad_token_id, args.max_new_tokens,
+                               args.temperature, args.top_p, progress)
         mask, truncated = completion_mask(completions, eos)
         texts = tokenizer.batch_decode([ids[m] for ids, m in zip(completions, mask)], skip_special_tokens=True)
         grades = grade_batch(texts, [part.rows[i]["answer"] for i, _ in batch])

@@ -68,6 +68,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="rows with a longer prompt are dropped")
     temperature: float = HfArg(default=1.0, help="sampling temperature; also divides the logits of the loss")
     top_p: float = HfArg(default=1.0, help="nucleus sampling")
+    fast_rollout: str = HfArg(default="auto", help="CUDA graph and fixed cache in rollouts: on, off, auto (for models that a GPU has confirmed: none yet)")
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="ratio clipped above 1 + clip_high")
@@ -134,6 +135,8 @@ def check_args(args: Args) -> None:
         refuse(f"--loss_type {args.loss_type}: choose grpo, dapo or dr_grpo")
     if args.scale_rewards not in ("group", "batch", "none"):
         refuse(f"--scale_rewards {args.scale_rewards}: choose group, batch or none")
+    if args.fast_rollout not in ("auto", "on", "off"):
+        refuse(f"--fast_rollout {args.fast_rollout}: choose auto, on or off")
     if args.updates_per_rollout > args.prompts_per_step:
         refuse(f"--updates_per_rollout {args.updates_per_rollout} needs at least as many --prompts_per_step, not {args.prompts_per_step}")
 
@@ -152,8 +155,8 @@ class Rollout:
 def rollout(model, tokenizer, prompts: list[list[int]], eos: list[int], args: Args, temperature: float, watch=None) -> Rollout:
     """Sample one completion for every prompt, all in one call."""
     if watch is not None:
-        watch.rolling_out(len(prompts))
-    completions = generate(model, prompts, eos, tokenizer.pad_token_id, args.max_new_tokens, temperature, args.top_p, watch)
+        watch.rolling_out()
+    completions = generate(model, prompts, eos, tokenizer.pad_token_id, args.max_new_tokens, temperature, args.top_p, watch, args.fast_rollout)
     mask, truncated = completion_mask(completions, eos)
     texts = tokenizer.batch_decode([ids[m] for ids, m in zip(completions, mask)], skip_special_tokens=True)
     return Rollout(prompts, completions, mask, truncated, texts)
@@ -641,7 +644,7 @@ def main() -> None:
     teacher = load_teacher(args, tokenizer, own_tokenizer, shared, eos) if args.teacher else None
     run.create()
     sft_warmup(model, tokenizer, warmup_rows, run, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     finished = run.begin(model, optimizer)
 
     if args.measure_divergence:

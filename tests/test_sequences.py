@@ -79,8 +79,6 @@ def test_sampled_rows_of_a_left_padded_batch_score_as_they_were_sampled():
     theirs = torch.stack(out.logits, 1).log_softmax(-1).gather(-1, completions[..., None])[..., 0]
     ours, _ = common.completion_logps(model, PROMPTS, completions, mask, 1.0)
     torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
-    torch.manual_seed(1)  # and our generate draws the same tokens
-    assert torch.equal(common.generate(model, PROMPTS, [257], 257, 12, 1.0, 1.0), completions)
 
 
 class Successor(torch.nn.Module):
