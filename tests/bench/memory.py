@@ -23,8 +23,11 @@ def measured(name: str, folder: Path, script: str = "grpo_baseline") -> tuple[fl
     from conftest import small_model, small_tokenizer, write_rows
     hidden, layers, vocabulary, samples, completion, microbatch, checkpointing = SHAPES[name]
     model = folder / name.replace(" ", "_")
-    small_model(vocab=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=2,
-                tie_word_embeddings=True, initializer_range=0.02).save_pretrained(model)
+    weights = small_model(vocab=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+                          num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.02)
+    weights.get_input_embeddings().weight.data[:, 0] = 1.0  # every token's but the end token's, so that no row ends early: the estimate is for the worst
+    weights.get_input_embeddings().weight.data[small_tokenizer().eos_token_id, 0] = -1.0
+    weights.save_pretrained(model)
     small_tokenizer().save_pretrained(model)
     rows = write_rows(folder / "rows.jsonl", [{"problem": f"What is {i}?", "answer": str(i), "strategy": "Double."} for i in range(8)])
     (folder / "reward.py").write_text("import random\ndef noise(response, row):\n    return random.random()\n")
