@@ -43,10 +43,10 @@ class Config:
 CPU = {"small": Config(272), "32k": Config(32_000), "152k": Config(151_936, prompts=2, tokens=64), "natural": Config(272, tokens=256, mean=80),
        "half dead": Config(272, tokens=256, mean=80, dead=True)}
 CUDA = {"qwen1.5b": Config(151_936, 8, 12, 2048, 600, False, 1536, 8960, 28, 12, 2), "qwen7b": Config(152_064, 8, 12, 2048, 600, False, 3584, 18944, 28, 28, 4, False)}
-REWARD = '''import random, zlib
+REWARD = '''import random
 def pays(response, row):
-    """Noise, the same for the same response; every other problem pays nothing where its text says so."""
-    return 0.0 if "dead" in row["problem"] else float(zlib.crc32(response.encode()) % 2)
+    """Noise, so that no group is dead by chance (most ids have no text: responses may be alike); nothing where the problem says so."""
+    return 0.0 if "dead" in row["problem"] else random.random()
 '''
 
 
