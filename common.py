@@ -50,7 +50,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser,
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, StoppingCriteria, get_cosine_schedule_with_warmup)
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as hf_logging
@@ -727,27 +727,32 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 # ---------------------------------------------------------------- rollouts
 
-FAST_MODELS: tuple[str, ...] = ()  # model types whose --fast_rollout a GPU has confirmed: what `auto` takes it for
+LOOP_MODELS = ("llama", "qwen2", "qwen3")  # model types whose tokens our decode loop writes as transformers' generate does (tests)
+FAST_MODELS: tuple[str, ...] = ()  # those whose CUDA graph a GPU has confirmed, too
 _rows_at_once, _warned = sys.maxsize, set()  # as many rows as memory has been seen to hold; what has been said already
 
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], eos: list[int], pad: int, max_new_tokens: int, temperature: float, top_p: float,
-             watch: StoppingCriteria | None = None, fast_rollout: str = "off") -> Tensor:
+             watch: StoppingCriteria | None = None, fast_rollout: str = "auto") -> Tensor:
     """A completion for each prompt, all sampled at once -> ids [N, C], `pad` behind their ends, on the model's device.
 
-    Temperature and nucleus as given and nothing else: the checkpoint's own generation_config (Qwen2.5-Instruct's has top_k 20 and a repetition
-    penalty) has no part in it. The draws are made beforehand, one for each row and place, so that a row's tokens do not depend on which others are
-    written beside it; out of memory, half the rows are written at a time. eval mode: in train mode activation checkpointing drops the cache.
+    `fast_rollout`: "off" is transformers' generate; "auto", for model types known to be the same by it, a decode loop that reads equal prompts once
+    and leaves ended rows out; "on" that loop for any model, with a CUDA graph. Its draws are made beforehand, one for each row and place, so that a row's
+    tokens do not depend on which others are written beside it. Temperature and nucleus are as given, the checkpoint's own generation_config has no
+    part. Out of memory, half the rows are written at a time. eval mode: in train mode activation checkpointing drops the cache.
     """
     global _rows_at_once
-    training, draws, parts = model.training, torch.rand(len(prompts), max_new_tokens, device=model.device), []
+    looped = fast_rollout == "on" or fast_rollout == "auto" and model.config.model_type in LOOP_MODELS
+    training, parts = model.training, []
+    draws = torch.rand(len(prompts), max_new_tokens if looped else 0, device=model.device)
     model.eval()
     try:
         while (first := sum(map(len, parts))) < len(prompts) and not (parts and getattr(watch, "stopped", False)):
             rows, part = slice(first, first + min(_rows_at_once, len(prompts))), None
             try:
-                part = _write(model, prompts[rows], draws[rows], eos, pad, temperature, top_p, watch, _is_fast(model, fast_rollout))
+                part = (_write(model, prompts[rows], draws[rows], eos, pad, temperature, top_p, watch, _is_fast(model, fast_rollout)) if looped else
+                        _generate(model, prompts[rows], eos, pad, max_new_tokens, temperature, top_p, watch))
             except torch.OutOfMemoryError:
                 if len(prompts[rows]) == 1:
                     refuse(f"out of memory with a single completion: lower --max_new_tokens {max_new_tokens}", alone=True)
@@ -766,8 +771,26 @@ def generate(model, prompts: list[list[int]], eos: list[int], pad: int, max_new_
     return out
 
 
+def _generate(model, prompts: list[list[int]], eos: list[int], pad: int, max_new_tokens: int, temperature: float, top_p: float, watch) -> Tensor:
+    """transformers' generate, with every sampling setting explicit: what is left open it fills from the checkpoint's own generation_config
+    (Qwen2.5-Instruct's has top_k 20 and a repetition penalty), so that is put aside."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = GenerationConfig(do_sample=temperature > 0, temperature=temperature or 1.0, top_p=top_p, top_k=0, repetition_penalty=1.0,
+                              num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True)
+    if not config.do_sample:
+        config.temperature = config.top_p = config.top_k = None
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[watch] if watch is not None else None)[:, width:]
+    finally:
+        model.generation_config = own
+
+
 def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: int, temperature: float, top_p: float, watch, fast: bool) -> Tensor:
-    """`generate` for rows that fit into memory; `draws` [n, C] uniform in [0, 1)."""
+    """The decode loop, for rows that fit into memory; `draws` [n, C] uniform in [0, 1)."""
     out, ends = torch.full(draws.shape, pad, device=draws.device), torch.tensor(eos, device=draws.device)
     decoder = _Decoder(model, prompts, draws.shape[1], fast)
     rows = torch.arange(len(prompts), device=draws.device)  # those still in the batch
@@ -937,7 +960,7 @@ def _captured(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 
 def _is_fast(model, fast_rollout: str) -> bool:
-    """Is --fast_rollout to be tried with this model?"""
+    """Is a CUDA graph to be tried with this model?"""
     if fast_rollout == "off" or fast_rollout == "auto" and model.config.model_type not in FAST_MODELS:
         return False
     reason = "needs a GPU" if model.device.type != "cuda" else ""

@@ -68,7 +68,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="rows with a longer prompt are dropped")
     temperature: float = HfArg(default=1.0, help="sampling temperature; also divides the logits of the loss")
     top_p: float = HfArg(default=1.0, help="nucleus sampling")
-    fast_rollout: str = HfArg(default="auto", help="CUDA graph and fixed cache in rollouts: on, off, auto (for models that a GPU has confirmed: none yet)")
+    fast_rollout: str = HfArg(default="auto", help="off: transformers' generate; auto: a faster loop for model types known to be the same by it; on: also a CUDA graph")
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="ratio clipped above 1 + clip_high")

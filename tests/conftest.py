@@ -47,8 +47,8 @@ def small_tokenizer(chat: bool = True, pad: str | None = "<pad>"):
 
 def small_model(kind: str = "qwen2", vocab: int = 272, seed: int = 0, **more):
     """A two-layer model whose embedding table is wider than its tokenizer, as Qwen2.5's is."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
     torch.manual_seed(seed)
     settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                     max_position_embeddings=4096, initializer_range=0.3, eos_token_id=257, pad_token_id=None, bos_token_id=None)
