@@ -655,14 +655,16 @@ def memory_needs(config, samples: int, prompt: int, completion: int, microbatch_
     share = total / processes
     needs = {"weights, gradients, Adam": 16 * share, "weights gathered for rollouts": 2 * total * on_gpu,
              "key-value cache": 1.4 * samples * (prompt + completion) * 2 * layers * kv * size, "logits of a rollout": samples * vocabulary * 24,
-             "activations": tokens * (layers * size * d + 3 * layer if activation_checkpointing else (layers + 1.5) * layer), "vocabulary head": 4 * chunk + (size + 2) * vocabulary * d,
+             "activations": tokens * (layers * size * d + 3 * layer if activation_checkpointing else (layers + 1.5) * layer),
+             "vocabulary head": 4 * chunk + (size + 2) * vocabulary * d,
              "teacher": 2 * (2 - on_gpu) * parameters(teacher) / processes if teacher else 0.0, "host": 0.0, "base": 0.42e9}
     if on_gpu:  # what FSDP2 has gathered at once: embedding, head, two layers, and their gradients
         needs["activations"] += 4 * (total - vocabulary * d) / layers * 2 + 4 * vocabulary * d
     if cpu_offload:
         needs |= {"host": needs["weights, gradients, Adam"], "weights, gradients, Adam": 0.0}
     resting = needs["weights, gradients, Adam"] + needs["teacher"] + needs["base"]
-    rollout = needs["weights gathered for rollouts"] + needs["key-value cache"] + needs["logits of a rollout"] - (0 if cpu_offload else 4 * share)  # no gradients yet
+    gradients = 0 if cpu_offload else 4 * share  # there are none yet in a rollout
+    rollout = needs["weights gathered for rollouts"] + needs["key-value cache"] + needs["logits of a rollout"] - gradients
     return needs | {"peak": resting + max(rollout, needs["activations"] + needs["vocabulary head"]),
                     "least": resting + max(rollout - needs["key-value cache"] * (1 - 1 / samples), needs["activations"] + needs["vocabulary head"])}
 
@@ -689,7 +691,8 @@ def fit_memory(args: Any, samples: int, longest_prompt: int, gpu: float | None =
         teacher = AutoConfig.from_pretrained(model_path(args.teacher, "--teacher"))
 
     def needs(processes: int = world(), microbatch_tokens: int = args.microbatch_tokens, **way: bool) -> dict[str, float]:
-        return memory_needs(config, -(-samples // processes), longest_prompt, args.max_new_tokens, microbatch_tokens, gpu > 0, processes, teacher=teacher, **way)
+        return memory_needs(config, -(-samples // processes), longest_prompt, args.max_new_tokens, microbatch_tokens, gpu > 0, processes,
+                            teacher=teacher, **way)
 
     def fits(**chosen) -> bool:
         need, beside = needs(**chosen), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1672,8 +1675,8 @@ def say_plan(args: Any, run: Run, rows: list[dict], warmup_rows: list[dict], sam
     """What the run will do and what it will take, before it costs anything. `samples`: those of a problem, in words; `n_samples`: those of a step."""
     steps = -(-len(warmup_rows) * 9 // 10 // args.warmup_batch_size)
     lines = {"warm-up": f"SFT on {len(warmup_rows)} problems, {args.warmup_epochs} epochs of {steps} steps" if warmup_rows else "none", **more,
-             "training": f"{len(rows)} problems; {args.steps} steps of {args.prompts_per_step} x {samples} samples, at most {n_samples * args.max_new_tokens:,} "
-                         f"tokens a step; {args.steps * args.prompts_per_step / max(len(rows), 1):.2g} epochs"}
+             "training": f"{len(rows)} problems; {args.steps} steps of {args.prompts_per_step} x {samples} samples, at most "
+                         f"{n_samples * args.max_new_tokens:,} tokens a step; {args.steps * args.prompts_per_step / max(len(rows), 1):.2g} epochs"}
     if getattr(args, "extract_only", False):
         lines = more
     else:
@@ -2289,7 +2292,8 @@ def _stands_for_itself(text: str, m: re.Match) -> bool:
     before, after = text[:m.start()], text[m.end():]
     if re.match(r"\s*(?:[\^+*/×·(]|\\(?!text|%|,|\))[a-zA-Z]|-\s?[0-9a-zA-Z])|[ ]?[a-zA-Z](?![a-zA-Z])|\}", after):
         return False
-    if re.search(r"(?:[\^_+*/×·]|\\(?:times|cdot|div|pm)|[\^_]\{|\\(?:sqrt|binom|frac)\S*\{|\w\()\s*$|\b(?:modulo|mod|base|degree|order|level)\s+$", before, re.I):
+    if re.search(r"(?:[\^_+*/×·]|\\(?:times|cdot|div|pm)|[\^_]\{|\\(?:sqrt|binom|frac)\S*\{|\w\()\s*$"
+                 r"|\b(?:modulo|mod|base|degree|order|level)\s+$", before, re.I):
         return False
     if _ANSWERING.search(before):
         return True

@@ -56,8 +56,8 @@ class Args:
     warmup_batch_size: int = HfArg(default=64, help="its solutions a step")
     warmup_epochs: int = HfArg(default=10, help="its epochs; the one with the lowest validation loss is kept")
     # strategies
-    strategies: str = HfArg(default=None, help="JSONL file of strategies, read if it is there and filled with those extracted (default: strategies.jsonl in --out)")
-    strategist: str = HfArg(default=None, help="who extracts them from solutions: hub id, directory, URL of an OpenAI-compatible endpoint, or none (default: the model itself)")
+    strategies: str = HfArg(default=None, help="JSONL file of strategies, read if there and filled with those extracted (default: strategies.jsonl in --out)")
+    strategist: str = HfArg(default=None, help="who extracts them: hub id, directory, URL of an OpenAI-compatible endpoint, or none (default: the model itself)")
     strategist_model: str = HfArg(default=None, help="the model to ask for at the endpoint; its key is read from OPENAI_API_KEY")
     strategist_max_new_tokens: int = HfArg(default=2048, help="longest answer of the strategist, in tokens; more for one that thinks first")
     strategist_threads: int = HfArg(default=16, help="requests to the endpoint at the same time")
@@ -72,7 +72,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="rows with a longer prompt are dropped")
     temperature: float = HfArg(default=1.0, help="sampling temperature; also divides the logits of the loss")
     top_p: float = HfArg(default=0.95, help="nucleus sampling")
-    fast_rollout: str = HfArg(default="auto", help="off: transformers' generate; auto: a faster loop for model types known to be the same by it; on: also a CUDA graph")
+    fast_rollout: str = HfArg(default="auto", help="off: transformers' generate; auto: a faster loop for model types tested with it; on: also a CUDA graph")
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.28, help="ratio clipped above 1 + clip_high")
@@ -95,7 +95,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradient norm clipped to this")
     updates_per_rollout: int = HfArg(default=1, help="optimizer steps a rollout batch, each on its share of the problems")
     microbatch_tokens: int = HfArg(default=16384, help="padded tokens a forward pass; lower it when memory is short")
-    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks for it)")
+    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks)")
     cpu_offload: bool = HfArg(default=None, help="weights, gradients and optimizer rest in CPU memory: slower (default: if the GPU is too small without)")
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
@@ -208,9 +208,10 @@ def parse_strategy(answer: str) -> str | None:
 
 def parse_scores(answer: str, n: int) -> list[float | None]:
     """The score of each of n strategies, None where there is none from 0 to 1."""
-    label = r"^\W*(?:strategy|candidate|score)?\W*([0-9]+)`?\W*?"
-    scores = {int(k): float(x) for k, x in re.findall(label + r"(?::|\||[=.)\u2013\u2014-]\s)[\s*`|]*([01]?\.[0-9]+|[01])(?![0-9]|\.[0-9]|\s*/\s*(?!1(?![0-9])))",
-                                                     said_after_thinking(answer), re.M | re.I) if float(x) <= 1}
+    label = r"^\W*(?:strategy|candidate|score)?\W*([0-9]+)`?\W*?(?::|\||[=.)\u2013\u2014-]\s)[\s*`|]*"
+    number = r"([01]?\.[0-9]+|[01])(?![0-9]|\.[0-9]|\s*/\s*(?!1(?![0-9])))"
+    found = re.findall(label + number, said_after_thinking(answer), re.M | re.I)
+    scores = {int(k): float(x) for k, x in found if float(x) <= 1}
     return [scores.get(k + 1) for k in range(n)]
 
 

@@ -56,7 +56,7 @@ class Args:
     reward: str = HfArg(default=None, help="own reward, FILE.py:function of (response, row); default: the math grader")
     system_prompt: str = HfArg(default=SYSTEM_PROMPT, help="system message; empty for none")
     # SFT warm-up
-    warmup_frac: float = HfArg(default=0.0, help="share of the problems with a solution that are for the SFT warm-up, not for RL; 0: none, as TGPO's paper; SGPO's: 0.33")
+    warmup_frac: float = HfArg(default=0.0, help="share of the problems with a solution for the SFT warm-up, not for RL; 0: none, as in TGPO's paper")
     warmup_lr: float = HfArg(default=1e-5, help="its AdamW learning rate, at its highest")
     warmup_batch_size: int = HfArg(default=64, help="its solutions a step")
     warmup_epochs: int = HfArg(default=10, help="its epochs; the one with the lowest validation loss is kept")
@@ -68,7 +68,7 @@ class Args:
     max_prompt_tokens: int = HfArg(default=1024, help="rows with a longer prompt are dropped")
     temperature: float = HfArg(default=1.0, help="sampling temperature; also divides the logits of the loss")
     top_p: float = HfArg(default=1.0, help="nucleus sampling")
-    fast_rollout: str = HfArg(default="auto", help="off: transformers' generate; auto: a faster loop for model types known to be the same by it; on: also a CUDA graph")
+    fast_rollout: str = HfArg(default="auto", help="off: transformers' generate; auto: a faster loop for model types tested with it; on: also a CUDA graph")
     # objective
     clip_low: float = HfArg(default=0.2, help="ratio clipped below 1 - clip_low")
     clip_high: float = HfArg(default=0.2, help="ratio clipped above 1 + clip_high")
@@ -93,7 +93,7 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradient norm clipped to this")
     updates_per_rollout: int = HfArg(default=1, help="optimizer steps a rollout batch, each on its share of the problems")
     microbatch_tokens: int = HfArg(default=16384, help="padded tokens a forward pass; lower it when memory is short")
-    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks for it)")
+    activation_checkpointing: bool = HfArg(default=None, help="recompute activations in backward: less memory, a third more time (default: if memory asks)")
     cpu_offload: bool = HfArg(default=None, help="weights, gradients and optimizer rest in CPU memory: slower (default: if the GPU is too small without)")
     # evaluation and saving
     eval_every: int = HfArg(default=50, help="steps between held-out evaluations; 0: only first and last")
