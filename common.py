@@ -798,17 +798,18 @@ def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: 
     decoder = _Decoder(model, prompts, draws.shape[1], fast)
     rows = torch.arange(len(prompts), device=draws.device)  # those still in the batch
     ended = torch.zeros_like(rows, dtype=torch.bool)
+    logits = decoder.begin()
     for t in range(draws.shape[1]):
-        logits = decoder.begin() if t == 0 else decoder.next(tokens)
         tokens = sample(logits, draws[rows, t], temperature, top_p)
         out[rows, t] = tokens.where(~ended, pad)
         ended |= torch.isin(tokens, ends)
         live = (~ended).nonzero()[:, 0]
-        if not len(live) or watch is not None and watch(out[rows, :t + 1], logits).any():
+        if not len(live) or watch is not None and watch(out[rows, :t + 1], logits).any() or t + 1 == draws.shape[1]:
             break
         if len(live) <= decoder.PAYS * len(rows):  # a row that has ended costs as much as one that has not
             decoder.keep(live)
             rows, ended, tokens = rows[live], ended[live], tokens[live]
+        logits = decoder.next(tokens)
     return out[:, :t + 1]
 
 

@@ -57,7 +57,7 @@ class Args:
     warmup_epochs: int = HfArg(default=10, help="its epochs; the one with the lowest validation loss is kept")
     # strategies
     strategies: str = HfArg(default=None, help="JSONL file of strategies, read if there and filled with those extracted (default: strategies.jsonl in --out)")
-    strategist: str = HfArg(default=None, help="who extracts them: hub id, directory, URL of an OpenAI-compatible endpoint, or none (default: the model itself)")
+    strategist: str = HfArg(default=None, help="who extracts them: hub id, directory, URL of an OpenAI-style endpoint, none (default: the model itself)")
     strategist_model: str = HfArg(default=None, help="the model to ask for at the endpoint; its key is read from OPENAI_API_KEY")
     strategist_max_new_tokens: int = HfArg(default=2048, help="longest answer of the strategist, in tokens; more for one that thinks first")
     strategist_threads: int = HfArg(default=16, help="requests to the endpoint at the same time")
