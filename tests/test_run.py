@@ -249,7 +249,7 @@ def test_the_demo_brings_its_recipe_only_for_flags_not_set(monkeypatch):
     assert (args.temperature, args.top_p, args.group_size, args.guided_group_size) == (1.0, 0.95, 8, 4)
 
 
-def test_demo_problems_are_consistent():
+def test_demo_problems_are_consistent(tmp_path):
     train, held_out = common.demo_rows()
     assert not {r["id"] for r in train} & {r["id"] for r in held_out}
     assert {r["problem"][0] for r in train} == {r["problem"][0] for r in held_out}  # no kind is unseen
@@ -257,8 +257,16 @@ def test_demo_problems_are_consistent():
         assert common.grade(row["solution"], row["answer"]) == 1.0
         assert row["answer"] not in row["strategy"]
     tokenizer = common.demo_tokenizer()
-    text = train[0]["solution"]
-    assert tokenizer.decode(tokenizer(text).input_ids) == text and tokenizer.decode(tokenizer("né\n∑").input_ids) == "né\n∑"
+    tokenizer.save_pretrained(tmp_path)
+    common.Qwen2Config().save_pretrained(tmp_path)  # beside it the loader takes it for a Qwen2 tokenizer
+    loaded = common.load_tokenizer(str(tmp_path))
+    assert len(loaded) == len(tokenizer) and loaded.pad_token == "<pad>" and loaded.eos_token == "<end>"
+    for row in train + held_out:
+        for text in (row["problem"], row["solution"], row["strategy"]):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text and loaded(text).input_ids == ids
+        assert common.build_prompt(loaded, row["problem"], "", row["strategy"]) == common.build_prompt(tokenizer, row["problem"], "", row["strategy"])
+    assert loaded.decode(loaded("né 3+2∑\n").input_ids) == " 3+2"  # what the demo has no token for is left out
 
 
 def blocks(script: str) -> dict[str, str]:
