@@ -1792,7 +1792,8 @@ def build_demo(folder: Path) -> None:
     """Warm-start a tiny Qwen2 by SFT: it follows a strategy when given one and seldom finds the right one alone.
 
     Half of the examples carry a strategy and follow it. The others carry none, and make each choice rightly with a
-    probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more.
+    probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more. A fifth of these change to the
+    demo teacher's style on the way, and only what follows is taught: so the student can read that style, and never begins it.
     """
     rng = np.random.default_rng(0)
     lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
@@ -1808,7 +1809,12 @@ def build_demo(folder: Path) -> None:
             choices = "".join(c if rng.random() < lean[kind, j] else str(1 - int(c)) for j, c in enumerate(DEMO_KINDS[kind]))
             strategy = None
         prompt = build_prompt(tokenizer, row["problem"], "", strategy)
-        return prompt, tokenizer(demo_solution(choices, int(number))[0]).input_ids + [tokenizer.eos_token_id], 0
+        own, other = (tokenizer(demo_solution(choices, int(number), style)[0]).input_ids + [tokenizer.eos_token_id]
+                      for style in (DEMO_TEACHERS["demo-same-style"], DEMO_TEACHERS["demo"]))
+        if strategy is None and rng.random() < 0.2:
+            change = int(rng.choice([i for i, (a, b) in enumerate(zip(own, other)) if a != b]))
+            return prompt, own[:change] + other[change:], change + 1
+        return prompt, own, 0
 
     warm_start(folder, tokenizer, lambda: map(sample, rng.choice(len(train), 64)), DEMO_WARMUP_STEPS, "model")
 
@@ -1843,7 +1849,7 @@ def build_demo_teacher(folder: Path, style: str) -> None:
 def _built_once(name: str, recipe: Any, build: Callable[[Path], None]) -> Path:
     """Directory of a built-in model, built at the first call and kept in the user's cache under a name made of its recipe."""
     makers = (build_demo, build_demo_teacher, warm_start, demo_solution, demo_strategy, demo_rows, demo_tokenizer, build_prompt)
-    source = "".join(map(inspect.getsource, makers)) + repr((recipe, DEMO_CHOICES, DEMO_KINDS))
+    source = "".join(map(inspect.getsource, makers)) + repr((recipe, DEMO_CHOICES, DEMO_KINDS, DEMO_TEACHERS))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if not final.exists():
