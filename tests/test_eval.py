@@ -327,9 +327,9 @@ def test_strategies_leave_the_unguided_numbers_alone(evaluate, file, tmp_path, b
 
 
 def test_flags_of_the_demo_and_of_real_models(monkeypatch):
-    for argv, wanted in (([], ("demo", "own", 48, "", 0.6, 0.95)), (["--benchmarks", "amc23", "--top_p", "1"], ("amc23", None, 48, "", 0.6, 1)),
+    for argv, wanted in (([], ("demo", "own", 36, "", 0.6, 0.95)), (["--benchmarks", "amc23", "--top_p", "1"], ("amc23", None, 36, "", 0.6, 1)),
                          (["--model", "x/y"], ("math500,olympiadbench,amc23,aime24", None, 4096, common.SYSTEM_PROMPT, 0.6, 0.95)),
-                         (["--model", "runs/a/model", "--benchmarks", "demo"], ("demo", "own", 48, "", 0.6, 0.95))):
+                         (["--model", "runs/a/model", "--benchmarks", "demo"], ("demo", "own", 36, "", 0.6, 0.95))):
         monkeypatch.setattr(sys, "argv", ["eval_math.py", *argv])
         args = common.parse_args(eval_math.Args, eval_math.recipe)
         assert (args.benchmarks, args.strategies, args.max_new_tokens, args.system_prompt, args.temperature, args.top_p) == wanted

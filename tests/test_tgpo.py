@@ -715,7 +715,9 @@ def test_the_demo_teacher_is_taught_right_continuations_of_any_prefix(monkeypatc
 def test_the_demos_recipe_is_for_its_own_model(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tgpo.py"])
     args = common.parse_args(tgpo.Args, common.demo_recipe)
-    assert args.teacher == "demo" and args.steps == common.DEMO_RECIPE["steps"]
+    tgpo.check_args(args)
+    assert args.teacher == "demo" and args.steps == common.DEMO_TGPO["steps"] and args.lr == common.DEMO_TGPO["lr"]
+    assert args.coefficient == common.DEMO_GUIDANCE["tgpo"]["coefficient"] and args.coefficient_fall == common.DEMO_GUIDANCE["tgpo"]["coefficient_fall"]
     monkeypatch.setattr(sys, "argv", ["tgpo.py", "--guidance", "kdrl"])
     args = common.parse_args(tgpo.Args, common.demo_recipe)
     tgpo.check_args(args)
