@@ -75,12 +75,13 @@ if __name__ == "__main__":
     parser.add_argument("--shared", type=int, default=V)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory", type=int)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--memory", type=int, help="print the memory of a pass over so many tokens alone")
     args = parser.parse_args()
     if args.memory:
         print(json.dumps(memory(args.width, args.memory, args.shared)))
     else:
+        print(ratio(args.width, args.tokens, args.shared, args.rounds), flush=True)
         rows = [json.loads(subprocess.run([sys.executable, __file__, "--memory", str(n), "--width", str(args.width), "--shared", str(args.shared)],
                                           capture_output=True, text=True, check=True).stdout) for n in (1024, 4096)]
-        print(ratio(args.width, 1024, args.shared, args.rounds))
         print(*rows, f"4,096 tokens take {rows[1]['peak_mb'] / rows[0]['peak_mb']:.3f} x the memory of 1,024", sep="\n")
