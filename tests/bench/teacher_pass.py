@@ -4,7 +4,8 @@
     python tests/bench/teacher_pass.py --shared 151665  # a teacher whose last ids the student does not have
 
 Plain is the model's own call on as many rows at a time, all logits made and nothing read off them. The two take turns; the ratio is of medians of
-processor time, which a busy machine blurs less than the clock. Memory (Linux) is the resident peak of the call over what was resident before.
+processor time, which a busy machine blurs less than the clock. Memory (Linux) is the peak of the process's address space over what
+it was before the call: resident memory depends on what the system takes back.
 """
 import argparse
 import json
@@ -61,13 +62,12 @@ def ratio(width: int, tokens: int, shared: int, rounds: int) -> dict:
 def memory(width: int, tokens: int, shared: int) -> dict:
     teacher, ro, args = setting(width, tokens, shared)
 
-    def resident(name: str) -> int:
+    def status(name: str) -> int:
         return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
+    before = status("VmSize")
     teacher.advise(ro, range(ROWS), args)
-    return {"tokens": tokens, "peak_mb": round((resident("VmHWM") - before) / 1024)}
+    return {"tokens": tokens, "peak_mb": round((status("VmPeak") - before) / 1024)}
 
 
 if __name__ == "__main__":
