@@ -416,6 +416,7 @@ def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT, st
 
 GPU_CHUNK, CPU_CHUNK = 2 ** 26, 2 ** 23  # logits a chunk: 256 MiB in fp32; 32 MiB, what a CPU's cache nearly holds
 VOCABULARY_CHUNK = GPU_CHUNK if torch.cuda.is_available() else CPU_CHUNK
+READ_ONLY_CHUNKS = 1 if torch.cuda.is_available() else 4  # without a gradient a CPU keeps less of a chunk, and a larger one is quicker
 BATCH_COST = 256 if torch.cuda.is_available() else 32  # what a micro-batch costs whatever is in it, in tokens
 
 
@@ -1042,24 +1043,25 @@ def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Seque
     in backward, so memory is flat in M. Gradients go to hiddens and head, not to `per_token` or what `fn` brings along.
     """
     head = model.get_output_embeddings()
-    return _OverVocabulary.apply(fn, temperature, len(hiddens), head.weight, head.bias, *hiddens, *per_token)
+    size = max(VOCABULARY_CHUNK * (1 if torch.is_grad_enabled() else READ_ONLY_CHUNKS) // head.weight.shape[0], 1)
+    return _OverVocabulary.apply(fn, temperature, size, len(hiddens), head.weight, head.bias, *hiddens, *per_token)
 
 
 class _OverVocabulary(torch.autograd.Function):
     """The chunks of `over_vocabulary`. All of them add to one fp32 gradient of the head in place; autograd would make one each."""
 
     @staticmethod
-    def chunks(temperature: float, n: int, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[tuple[list, list, list]]:
-        """-> hidden states, their logits, what else fn takes; of one chunk at a time."""
-        for parts in zip(*[x.split(max(VOCABULARY_CHUNK // weight.shape[0], 1)) for x in tensors], strict=True):
+    def chunks(temperature: float, size: int, n: int, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[tuple[list, list, list]]:
+        """-> hidden states, their logits, what else fn takes; of `size` tokens at a time."""
+        for parts in zip(*[x.split(size) for x in tensors], strict=True):
             yield parts[:n], [torch.nn.functional.linear(h, weight, bias).float().div_(temperature) for h in parts[:n]], parts[n:]
 
     @staticmethod
-    def forward(ctx, fn, temperature, n, weight, bias, *tensors):
-        ctx.fn, ctx.temperature, ctx.n = fn, temperature, n
+    def forward(ctx, fn, temperature, size, n, weight, bias, *tensors):
+        ctx.fn, ctx.temperature, ctx.size, ctx.n = fn, temperature, size, n
         ctx.save_for_backward(weight, bias, *tensors)
         ctx.set_materialize_grads(False)
-        out = [fn(*logits, *rest) for _, logits, rest in _OverVocabulary.chunks(temperature, n, weight, bias, tensors)]
+        out = [fn(*logits, *rest) for _, logits, rest in _OverVocabulary.chunks(temperature, size, n, weight, bias, tensors)]
         out = tuple(torch.cat(parts) for parts in zip(*out, strict=True))
         ctx.mark_non_differentiable(*[x for x in out if not x.is_floating_point()])
         return out
@@ -1068,11 +1070,11 @@ class _OverVocabulary(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         weight, bias, *tensors = ctx.saved_tensors
-        wanted, size = ctx.needs_input_grad, max(VOCABULARY_CHUNK // weight.shape[0], 1)
-        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if wanted[3] else None
-        of_bias = torch.zeros_like(bias) if wanted[4] else None
-        of_hiddens = [torch.zeros_like(h) if wanted[5 + i] else None for i, h in enumerate(tensors[:ctx.n])]
-        for k, (hiddens, logits, rest) in enumerate(_OverVocabulary.chunks(ctx.temperature, ctx.n, weight, bias, tensors)):
+        wanted, size = ctx.needs_input_grad, ctx.size
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if wanted[4] else None
+        of_bias = torch.zeros_like(bias) if wanted[5] else None
+        of_hiddens = [torch.zeros_like(h) if wanted[6 + i] else None for i, h in enumerate(tensors[:ctx.n])]
+        for k, (hiddens, logits, rest) in enumerate(_OverVocabulary.chunks(ctx.temperature, size, ctx.n, weight, bias, tensors)):
             with torch.enable_grad():
                 out = ctx.fn(*[x.requires_grad_() for x in logits], *rest)
                 out, upstream = zip(*[(x, g[k * size:(k + 1) * size]) for x, g in zip(out, grads) if g is not None and x.requires_grad])
@@ -1089,7 +1091,7 @@ class _OverVocabulary(torch.autograd.Function):
                         of_weight += d.T @ hidden
                     if of_bias is not None:
                         of_bias += d.sum(0)
-        return None, None, None, None if of_weight is None else of_weight.to(weight.dtype), of_bias, *of_hiddens, *[None] * (len(tensors) - ctx.n)
+        return None, None, None, None, None if of_weight is None else of_weight.to(weight.dtype), of_bias, *of_hiddens, *[None] * (len(tensors) - ctx.n)
 
 
 def log_prob_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
