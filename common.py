@@ -2140,6 +2140,10 @@ def _worker_main(fd: int):
         return [] if any(x.has(nan, zoo) for x in found) else found
 
     pipe, null = Connection(fd), open(os.devnull, "w")
+    try:
+        verify(read("x^2"), read("2x"))                     # the first parse builds tables: on a busy machine no answer's time does for it
+    except Exception:
+        pass
     pipe.send("ready")
     while True:
         try:
