@@ -657,8 +657,8 @@ def memory_needs(config, samples: int, prompt: int, completion: int, microbatch_
     needs = {"weights, gradients, Adam": 16 * share, "weights gathered for rollouts": 2 * total * on_gpu,
              "key-value cache": 1.4 * samples * (prompt + completion) * 2 * layers * kv * size, "logits of a rollout": samples * vocabulary * 24,
              "activations": tokens * (layers * size * d + 3 * layer if activation_checkpointing else (layers + 1.5) * layer),
-             "vocabulary head": 4 * chunk + (size + 2) * vocabulary * d,
-             "teacher": 2 * (2 - on_gpu) * parameters(teacher) / processes if teacher else 0.0, "host": 0.0, "base": 0.42e9}
+             "vocabulary head": 4 * chunk + (2 * size + 2) * vocabulary * d,
+             "teacher": 2 * (2 - on_gpu) * parameters(teacher) / processes if teacher else 0.0, "host": 0.0, "base": 0.39e9}
     if on_gpu:  # what FSDP2 has gathered at once: embedding, head, two layers, and their gradients
         needs["activations"] += 4 * (total - vocabulary * d) / layers * 2 + 4 * vocabulary * d
     if cpu_offload:
