@@ -1705,7 +1705,7 @@ DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "
 DEMO_WARMUP_STEPS = 220
 # What the demo changes where the user set no flag of his own: a tiny model wants larger steps and shorter everything.
 DEMO_RECIPE = {"lr": 1e-4, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 36, "system_prompt": "", "eval_every": 50,
-               "eval_samples": 2, "microbatch_tokens": 8192, "delta": 5.0, "teacher": "demo", "warmup_frac": 0.0}
+               "eval_samples": 2, "microbatch_tokens": 8192, "teacher": "demo", "warmup_frac": 0.0}
 # The same for tgpo.py: the lr at which the teacher's labels are learnt in a minute or two, and what was best for each guidance; the paper's where none is given.
 DEMO_TGPO = {"lr": 3e-4, "steps": 60}
 DEMO_GUIDANCE = {"tgpo": {"coefficient": 0.5, "coefficient_fall": 0.0075}}

@@ -242,7 +242,7 @@ def test_every_completion_truncated_is_said(model_dirs, rows_file, tmp_path, run
 def test_the_demo_brings_its_recipe_only_for_flags_not_set(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sgpo.py", "--lr", "0.5"])
     args = common.parse_args(sgpo.Args, common.demo_recipe)
-    assert args.lr == 0.5 and args.steps == common.DEMO_RECIPE["steps"] and args.delta == common.DEMO_RECIPE["delta"]
+    assert args.lr == 0.5 and args.steps == common.DEMO_RECIPE["steps"] and args.delta == 1.0
     monkeypatch.setattr(sys, "argv", ["sgpo.py", "--model", "Qwen/Qwen2.5-7B-Instruct"])
     args = common.parse_args(sgpo.Args, common.demo_recipe)  # the paper's
     assert (args.lr, args.delta, args.alpha0, args.gamma, args.alpha_max, args.clip_low, args.clip_high) == (1e-6, 1.0, 0.5, 0.1, 0.8, 0.2, 0.28)
