@@ -97,9 +97,9 @@ def _start_forks() -> None:
 def _work(work, args, env, said, answer) -> None:
     os.environ |= env
     torch.set_num_threads(1)
-    with open(said, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for fd, name in ((1, said), (2, said if said == os.devnull else f"{said}.err")):
+        with open(name, "a") as file:
+            os.dup2(file.fileno(), fd)
     code = 1
     try:
         code = work(*args)
@@ -115,7 +115,7 @@ def _work(work, args, env, said, answer) -> None:
 
 
 class Child:
-    """work(*args) in a process of its own; what it prints goes to a file."""
+    """work(*args) in a process of its own; what it prints goes to a file, and what it prints as errors to that file's name and .err."""
 
     def __init__(self, work, *args, said=os.devnull, **env):
         _start_forks()
