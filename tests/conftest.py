@@ -1,4 +1,5 @@
-"""Fixtures: small models with tokenizers of their own, a place for optional real problems, and in-process runs of the scripts."""
+"""Fixtures: small models with tokenizers of their own, a place for optional real problems, and in-process
+runs of the scripts."""
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # optional folder with real benchmark problems; tests that want it skip when it is not there
+SHARED = ROOT.parent / "shared"  # optional folder with real problems; tests skip where it is missing
 sys.path.insert(0, str(ROOT))
 
 
@@ -22,7 +23,8 @@ def _same_after():
     """No test sees what another left: handlers of signals, an order to stop, the grader's counts."""
     import common
     common.grader_counts()
-    common.Watch.reset()
+    common.Stop.asked = common.Stop.can_wait = False
+    common.Progress.bar = None
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
     for kind, handler in before.items():
@@ -33,31 +35,35 @@ def small_tokenizer(chat: bool = True, pad: str | None = "<pad>"):
     """Byte tokenizer of its own, unlike the demo's: other special tokens, other ids, other template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocab = {t: i for i, t in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<pad>"])}
+    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<pad>"]
+    vocab = {t: i for i, t in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()) + special)}
     raw = Tokenizer(models.BPE(vocab, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token=pad)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]})
     if chat:
-        tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-                                   "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
     return tokenizer
 
 
 def small_model(kind: str = "qwen2", vocab: int = 272, seed: int = 0, **more):
     """A two-layer model whose embedding table is wider than its tokenizer, as Qwen2.5's is."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    from transformers import AutoConfig, AutoModelForCausalLM
     torch.manual_seed(seed)
-    settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    max_position_embeddings=4096, initializer_range=0.3, eos_token_id=257, pad_token_id=None, bos_token_id=None)
-    return model(config(**{**settings, **more})).eval()
+    settings = dict(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.3, eos_token_id=257,
+        pad_token_id=None, bos_token_id=None)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**settings, **more})).eval()
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory) -> dict[str, Path]:
-    """Hugging Face directories of a small Qwen2 (tied head) and a small Llama (untied), each with a tokenizer."""
+    """Hugging Face directories of a small Qwen2 (tied head) and a small Llama (untied), each with a
+    tokenizer."""
     made = {}
     for kind, tied in (("qwen2", True), ("llama", False)):
         made[kind] = tmp_path_factory.mktemp(kind)
@@ -80,9 +86,10 @@ def run_script(monkeypatch):
     return run
 
 
-# Children fork from a server that has imported what they need and computed nothing: a fork of this process would inherit threads' locks without their threads.
+# Children fork from a server that has imported what they need and computed nothing: a fork of this process
+# would inherit threads' locks without their threads.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["test_survival"])
+_FORKS.set_forkserver_preload(["sgpo", "tgpo", "grpo_baseline", "eval_math"])
 
 
 def _start_forks() -> None:
@@ -110,12 +117,13 @@ def _work(work, args, env, said, answer) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    answer.send_bytes(pickle.dumps(code))  # by value: torch would send a tensor as shared memory, which ends with this process
+    answer.send_bytes(pickle.dumps(code))  # by value: torch would send shared memory, which ends with us
     os._exit(code if isinstance(code, int) else 0)
 
 
 class Child:
-    """work(*args) in a process of its own; what it prints goes to a file, and what it prints as errors to that file's name and .err."""
+    """work(*args) in a process of its own; what it prints goes to the file `said`, and its errors to that
+    name + .err."""
 
     def __init__(self, work, *args, said=os.devnull, **env):
         _start_forks()
@@ -146,10 +154,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
-    """Eight toy problems with strategies, and a reward file that pays for short completions, so that groups differ."""
-    (tmp_path / "reward.py").write_text("def even(response, row):\n    return float(len(response) % 2 == 0)\n")
-    return write_rows(tmp_path / "rows.jsonl", [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "strategy": f"Type: sum. Strategy: double. Steps: double {i}."}
-                                                 for i in range(8)])
+    """Eight toy problems with strategies, and a reward file that pays for short completions, so that groups
+    differ."""
+    even = "def even(response, row):\n    return float(len(response) % 2 == 0)\n"
+    (tmp_path / "reward.py").write_text(even)
+    return write_rows(tmp_path / "rows.jsonl", [
+        {"problem": f"What is {i} + {i}?", "answer": str(2 * i),
+         "strategy": f"Type: sum. Strategy: double. Steps: double {i}."} for i in range(8)])
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -158,4 +169,5 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def stripped(rows: list[dict]) -> list[dict]:
     """Metrics without what may differ between two equal runs: times and memory."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in ("tokens_per_s", "peak_memory_gb")} for row in rows]
+    machine = ("tokens_per_s", "peak_memory_gb")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in machine} for row in rows]

@@ -1,30 +1,42 @@
-"""Rows of every known layout, and what is said of the ones that are not."""
+"""Flags, rows of every known layout, prompts, the demo's data; and what is said of input that is refused."""
 import json
+import sys
 
 import pytest
 
 import common
-from conftest import SHARED, small_tokenizer
+import grpo_baseline
+import sgpo
+import tgpo
+from conftest import SHARED, read_jsonl, small_model, small_tokenizer, write_rows
 
 BOXED = "So it is $\\boxed{\\frac{1}{2}}$."
-LAYOUTS = {
-    "ours": ({"problem": "p", "answer": "1", "strategy": "s", "solution": "t", "id": 7},
-             {"problem": "p", "answer": "1", "strategy": "s", "solution": "t", "id": "7"}),
-    "LUFFY": ({"prompt": [{"role": "system", "content": "sys"}, {"role": "user", "content": "p"}], "target": [{"role": "assistant", "content": "<think>r</think> t"}],
-               "reward_model": {"ground_truth": "1", "style": "rule"}}, {"problem": "p", "answer": "1", "solution": "<think>r</think> t"}),
-    "DAPO": ({"prompt": [{"role": "user", "content": "Solve the following math problem step by step. The last line of your response should be of the form "
-                          "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nWhat is 1?\n\nSecond paragraph.\n\n"
-                          "Remember to put your answer on its own line after \"Answer:\"."}], "reward_model": {"ground_truth": "34"}},
-             {"problem": "What is 1?\n\nSecond paragraph.", "answer": "34"}),
-    "OpenR1": ({"problem": "p", "solution": "t", "answer": "1", "problem_type": "Algebra", "uuid": "u"}, {"problem": "p", "answer": "1", "solution": "t"}),
-    "NuminaMath": ({"problem": "p", "solution": BOXED, "source": "amc"}, {"problem": "p", "answer": "\\frac{1}{2}", "solution": BOXED}),
-    "MATH": ({"problem": "p", "solution": BOXED, "level": "Level 1", "type": "Algebra"}, {"problem": "p", "answer": "\\frac{1}{2}", "solution": BOXED}),
-    "GSM8K": ({"question": "p", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}, {"problem": "p", "answer": "7", "solution": "3 + 4 = <<3+4=7>>7"}),
-    "OlympiadBench": ({"question": "p", "context": "c", "final_answer": ["$2$"], "solution": ["t"]}, {"problem": "c\np", "answer": "$2$", "solution": "t"}),
-    "OlympiadBench without context": ({"question": "p", "context": None, "final_answer": ["2"], "solution": []}, {"problem": "p", "answer": "2"}),
-    "number as answer": ({"question": "p", "answer": 12}, {"problem": "p", "answer": "12"}),
-}
+DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer.\n\nWhat is 1?\n\nSecond paragraph.\n\nRemember to put your answer on its own line.")
+LAYOUTS = {"ours": ({"problem": "p", "answer": "1", "strategy": "s", "solution": "t", "id": 7},
+                    {"problem": "p", "answer": "1", "strategy": "s", "solution": "t", "id": "7"}),
+           "LUFFY": ({"prompt": [{"role": "system", "content": "sys"}, {"role": "user", "content": "p"}],
+                      "target": [{"role": "assistant", "content": "<think>r</think> t"}],
+                      "reward_model": {"ground_truth": "1"}},
+                     {"problem": "p", "answer": "1", "solution": "<think>r</think> t"}),
+           "DAPO": ({"prompt": [{"role": "user", "content": DAPO}], "reward_model": {"ground_truth": "34"}},
+                    {"problem": "What is 1?\n\nSecond paragraph.", "answer": "34"}),
+           "OpenR1": ({"problem": "p", "solution": "t", "answer": "1", "problem_type": "Algebra",
+                       "uuid": "u"}, {"problem": "p", "answer": "1", "solution": "t"}),
+           "NuminaMath": ({"problem": "p", "solution": BOXED, "source": "amc"},
+                          {"problem": "p", "answer": "\\frac{1}{2}", "solution": BOXED}),
+           "MATH": ({"problem": "p", "solution": BOXED, "level": "Level 1", "type": "Algebra"},
+                    {"problem": "p", "answer": "\\frac{1}{2}", "solution": BOXED}),
+           "GSM8K": ({"question": "p", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+                     {"problem": "p", "answer": "7", "solution": "3 + 4 = <<3+4=7>>7"}),
+           "OlympiadBench": ({"question": "p", "context": "c", "final_answer": ["$2$"], "solution": ["t"]},
+                             {"problem": "c\np", "answer": "$2$", "solution": "t"}),
+           "no context": ({"question": "p", "context": None, "final_answer": ["2"], "solution": []},
+                          {"problem": "p", "answer": "2"}),
+           "number as answer": ({"question": "p", "answer": 12}, {"problem": "p", "answer": "12"}),}
 
+
+# ---- rows
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name):
@@ -36,58 +48,282 @@ def test_layouts(name):
 def test_files(tmp_path, ending):
     raws = [raw for raw, _ in LAYOUTS.values() if "problem" in raw]
     path = tmp_path / f"rows.{ending}"
-    if ending == "jsonl":
-        path.write_text("\n\n".join(json.dumps(r) for r in raws))
+    if ending == "jsonl":  # with a byte order mark, blank lines and no end of the last line
+        path.write_text("\ufeff" + "\n\n".join(json.dumps(r) for r in raws))
     else:
         import datasets
-        datasets.Dataset.from_list([{k: r.get(k) for k in ("problem", "answer", "solution")} for r in raws]).to_parquet(path)
+        columns = ("problem", "answer", "solution")
+        datasets.Dataset.from_list([{k: r.get(k) for k in columns} for r in raws]).to_parquet(path)
     rows = common.load_rows(str(path))
-    assert [r["problem"] for r in rows] == ["p"] * 4 and rows[2]["answer"] == "\\frac{1}{2}" and len({r["id"] for r in rows}) == 4
+    assert [r["problem"] for r in rows] == ["p"] * 4 and rows[2]["answer"] == "\\frac{1}{2}"
+    assert len({r["id"] for r in rows}) == 4
 
 
-def test_hub_data_set(monkeypatch):
-    """The hub path: id, config and split as in the table, layout recognised; the hub itself is stood in for."""
+def test_hub_data_sets(monkeypatch):
+    """Id, config and split as in the table; the hub itself is stood in for."""
     import datasets
-    calls = []
-    raw = LAYOUTS["LUFFY"][0]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or datasets.Dataset.from_list([raw, raw]))
+    calls, raw = [], LAYOUTS["LUFFY"][0]
+
+    def load(*where, **how):
+        calls.append((where, how))
+        return datasets.Dataset.from_list([raw, raw])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     rows = common.load_rows("Elliott/Openr1-Math-46k-8192")
-    assert len(rows) == 2 and rows[0]["solution"] == "<think>r</think> t" and calls == [(("Elliott/Openr1-Math-46k-8192", None), {"split": "train"})]
+    assert len(rows) == 2 and rows[0]["solution"] == "<think>r</think> t"
+    common.load_rows("math500")
+    assert calls == [(("Elliott/Openr1-Math-46k-8192", None), {"split": "train"}),
+                     (("HuggingFaceH4/MATH-500", None), {"split": "test"})]
 
 
-@pytest.mark.parametrize("line, said", [
-    ('{"answer": "1"}', 'no "problem"'), ('{"problem": "p"}', 'no "answer"'), ('{"problem": "p", "answer": " "}', 'no "answer"'), ("{broken", "not JSON"),
-    ("[1]", "JSON object"), ('{"problem": 3, "answer": "1"}', 'no "problem"'), ('{"prompt": [], "reward_model": {}}', "layout"),
-    ('{"problem": "p", "answer": "1", "strategy": 5}', '"strategy"'), ("[" * 100000, "not JSON")])
+@pytest.mark.parametrize("line, said", [('{"answer": "1"}', 'no "problem"'), ('{"problem": "p"}',
+        'no "answer"'), ("[1]", "JSON object"), ('{"problem": "p", "answer": " "}', 'no "answer"'),
+                                        ("{broken", "not JSON"), ("[" * 100000, "not JSON"),
+                                        ('{"problem": 3, "answer": "1"}', 'no "problem"'),
+                                        ('{"prompt": [], "reward_model": {}}', "layout"),
+                                        ('{"problem": "p", "answer": "1", "strategy": 5}', '"strategy"'),
+                                        ('{"problem": "p", "answer": %s}' % ("9" * 5000), ""),
+                                        ('{"problem": "\\ud800", "answer": "1"}', "half a character"),
+                                        (b'{"problem": "\xff", "answer": "1"}', "")])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys, line, said):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"problem": "p", "answer": "1"}\n\n' + line + "\n")
+    path.write_bytes(b'{"problem": "p", "answer": "1"}\n\n' + \
+                     (line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(SystemExit) as stop:
         common.load_rows(str(path))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and f"{path}, line 3" in err and said in err
+    assert "line 1" not in err.replace(f"{path}", "")
 
 
-def test_unusable_rows_are_dropped_and_counted(capsys):
-    tokenizer = small_tokenizer()
-    rows = [{"id": str(i), "problem": "p" * n, "answer": a} for i, (n, a) in enumerate([(5, "1"), (500, "2"), (5, "\\frac{")])]
-    kept, longest = common.usable_rows(rows, lambda row: [tokenizer(row["problem"]).input_ids], 100, check_gold=True)
+def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, model_dirs, capsys):
+    rows = [{"problem": "p" * n, "answer": a} for n, a in [(5, "1"), (500, "2"), (5, "\\frac{")]]
+    data = str(write_rows(tmp_path / "rows.jsonl", rows))
+    args = sgpo.Args(model=str(model_dirs["qwen2"]), dataset=data, eval_dataset=data, max_prompt_tokens=400)
+    train, held_out = common.load_problems(args, small_tokenizer())
     said = capsys.readouterr().out
-    assert [r["id"] for r in kept] == ["0"] and longest == 5
-    assert "dropped 1 of 3 rows with an answer that the grader cannot parse, first: id 2" in said and "over 100 tokens, first: id 1" in said
-    with pytest.raises(SystemExit):
-        common.usable_rows(rows[1:], lambda row: [tokenizer(row["problem"]).input_ids], 100, check_gold=True)
+    assert [r["id"] for r in train] == ["0"]
+    assert [r["id"] for r in held_out] == ["0", "2"]  # what cannot be graded counts there, as wrong
+    assert "dropped 1 of 2 rows with an answer that the grader cannot read, first: id 2" in said
+    assert said.count("dropped 1 of 3 rows with a prompt over --max_prompt_tokens 400, first: id 1") == 2
+    args.max_rows, args.reward = 2, "own.py:f"
+    assert len(common.load_problems(args, small_tokenizer())[0]) <= 2
+    assert "2 of 3 rows, drawn by --seed 0" in capsys.readouterr().out
+
+
+def test_problem_order_is_a_function_of_seed_and_step():
+    rows = [{"id": i} for i in range(10)]
+    seen = [row["id"] for step in range(1, 8) for row in common.batch_of_step(rows, step, 4, seed=3)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+    assert [row["id"] for row in common.batch_of_step(rows, 6, 4, seed=3)] == seen[20:24]
+    assert len(common.batch_of_step(rows[:3], 1, 8, seed=0)) == 8
+
+
+@pytest.mark.parametrize("name, n", [("math500", 500), ("amc23", 40), ("aime24", 30)])
+def test_real_problems(name, n):
+    path = SHARED / "data" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("optional data folder not there")
+    assert len(common.load_rows(str(path))) == n
 
 
 def test_model_text_is_escaped_on_the_screen():
     assert common.printable("a\x1b[31m\u202eb\nc é") == "a\\x1b[31m\\u202eb\nc é"
 
 
-@pytest.mark.parametrize("name", ["math500", "amc23", "aime24"])
-def test_real_problems(name):
-    path = SHARED / "data" / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip("optional data folder not there")
-    rows = common.load_rows(str(path))
-    assert len(rows) == {"math500": 500, "amc23": 40, "aime24": 30}[name]
-    assert all(common.gold_is_gradable(row["answer"]) for row in rows)
+# ---- prompts
+
+def test_prompts_through_the_chat_template_and_without_one():
+    chat, base = small_tokenizer(), small_tokenizer(chat=False)
+    plain = chat.decode(common.build_prompt(chat, "1+1?", "Think."))
+    assert plain == ("<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+                     "<|im_start|>assistant\n")
+    guided = chat.decode(common.build_prompt(chat, "1+1?", "", "Type: sum."))
+    assert guided == ("<|im_start|>user\nStrategy:\nType: sum.\n\nProblem:\n1+1?<|im_end|>\n"
+                      "<|im_start|>assistant\n")
+    assert base.decode(common.build_prompt(base, "1+1?", "Think.")) == "Think.\n\n1+1?\n\nSolution:"
+    chat.chat_template = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
+                          "{% endif %}[{{ messages[0]['content'] }}]")
+    assert chat.decode(common.build_prompt(chat, "1+1?", "Think.")) == "[Think.\n\n1+1?]"
+
+
+def test_a_template_that_writes_the_date_gets_a_fixed_one():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    assert tokenizer.decode(common.build_prompt(tokenizer, "p", "")) == "26 Jul 2024 p"
+
+
+# ---- flags
+
+def refused(run_script, capsys, script, *argv) -> str:
+    assert run_script(script, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def argv(model_dirs, rows_file):
+    return ["--model", model_dirs["qwen2"], "--dataset", rows_file, "--reward",
+            f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 3, "--group_size", 3,
+            "--max_new_tokens", 8, "--steps", 1]
+
+
+@pytest.mark.parametrize("flags, said", [(["--group_size", 1], "--group_size is 1; it must be in [2, inf)"),
+                                         (["--guided_group_size", 0], "is 0"),
+                                         (["--stepz", 3], "did you mean --steps"),
+                                         (["--nonsense"], "unknown flag --nonsense"),
+                                         (["--steps", "many"], "--steps"),
+                                         (["--temperature", 0], "in (0, inf)"),
+                                         (["--top_p", 1.5], "in (0, 1]"),
+                                         (["--loss_type", "ppo"], "--loss_type"),
+                                         (["--distill", "magic"], "--distill"), (["--gamma", 0], "--gamma"),
+                                         (["--lr", "nan"], "--lr is nan"), (["--lr", "inf"], "--lr is inf"),
+                                         (["--delta", -1], "--delta"),
+                                         (["--temperature", "inf"], "--temperature is inf"),
+                                         (["--eval_temperature", "inf"], "is inf"),
+                                         (["--warmup_lr", "inf"], "is inf"), (["--gamma", "inf"], "is inf"),
+                                         (["--warmup_frac", 1.5], "in [0, 1]"),
+                                         (["--updates_per_rollout", 9], "--updates_per_rollout 9"),
+                                         (["--resume"], "--resume needs --out"),
+                                         (["--max_new_tokens", 5000], "exceeds the context of"),
+                                         (["--dataset", "missing.jsonl"], "no such file"),
+                                         (["--model", "./missing"], "no such directory"),
+                                         (["--reward", "missing.py:f"], "--reward missing.py:f"),
+                                         (["--max_prompt_tokens", 3], "none of its rows can be used"),
+                                         (["--dataset", "."], ".: no such file")])
+def test_bad_flags(flags, said, argv, tmp_path, run_script, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    out = [] if flags == ["--resume"] else ["--out", tmp_path / "run"]
+    assert said in refused(run_script, capsys, "sgpo", *argv, *out, *flags)
+    assert {p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} == before  # nothing half-written
+
+
+def test_bad_data_models_and_rewards(argv, rows_file, tmp_path, run_script, capsys):
+    bare, argv = tmp_path / "bare", [*argv, "--out", tmp_path / "run"]
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.parquet").write_text("no")
+    small_model().save_pretrained(bare)
+    plain = [{k: v for k, v in row.items() if k != "strategy"} for row in read_jsonl(rows_file)]
+    for more, said in ((["--dataset", tmp_path / "empty.jsonl"], "no rows"),
+                       (["--dataset", tmp_path / "broken.parquet"], "not a readable parquet file"),
+                       (["--model", bare], "no tokenizer can be loaded"),
+                       (["--dataset", write_rows(tmp_path / "plain.jsonl", plain)], "--distill none")):
+        assert said in refused(run_script, capsys, "sgpo", *argv, *more)
+    for body, said in (("1 / 0", "ZeroDivisionError"), ("exit()", "SystemExit"),
+                       ("1e300", "not from -1e6 to 1e6"), ("float('nan')", "not from -1e6 to 1e6"),
+                       ("'x'", "ValueError")):
+        (tmp_path / "crash.py").write_text(f"def f(response, row):\n    return {body}\n")
+        assert said in refused(run_script, capsys, "sgpo", *argv, "--reward", f"{tmp_path}/crash.py:f")
+    clears = "def f(response, row):\n    row.clear()\n    return float(len(response) % 2)\n"
+    (tmp_path / "crash.py").write_text(clears)
+    # what was refused left no trace
+    assert run_script("sgpo", *argv, "--reward", f"{tmp_path}/crash.py:f") == 0
+
+
+def test_foreign_and_other_run_directories(argv, tmp_path, run_script, capsys):
+    out, foreign = tmp_path / "run", tmp_path / "foreign"
+    assert run_script("grpo_baseline", *argv, "--out", out) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    capsys.readouterr()
+    for more, said in ((["--out", out], "add --resume"),
+                       (["--out", out, "--lr", 0.5, "--resume"], "lr: 1e-06 there, 0.5 now"),
+                       (["--out", foreign], "holds no results"),
+                       (["--out", foreign / "thesis.tex"], "cannot be used"),
+                       (["--out", "/proc/x"], "cannot be used"),
+                       (["--out", tmp_path / "new", "--resume"], "no run in")):
+        assert said in refused(run_script, capsys, "grpo_baseline", *argv, *more)
+    assert "script: 'grpo_baseline' there" in refused(
+    run_script, capsys, "sgpo", *argv, "--out", out, "--resume")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"] and not (tmp_path / "new").exists()
+
+
+def test_two_runs_do_not_share_a_directory(argv, tmp_path, run_script, capsys):
+    (tmp_path / "run").mkdir()
+    with common.lock(tmp_path / "run" / "lock", "taken"):
+        said = refused(run_script, capsys, "grpo_baseline", *argv, "--out", tmp_path / "run")
+    assert "another run is writing there" in said and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_flag_files_and_spellings(argv, model_dirs, rows_file, tmp_path, run_script, capsys):
+    flags = {"model": str(model_dirs["qwen2"]), "dataset": str(rows_file), "steps": 1, "prompts_per_step": 2,
+             "group_size": 2, "lr": 1e-3}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    assert run_script("grpo_baseline", tmp_path / "flags.json", "--max-new-tokens", 4, "--lr=0.5", "--out",
+                      tmp_path / "run") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["flags"]
+    assert config["max_new_tokens"] == 4 and config["lr"] == 0.5 and config["group_size"] == 2
+    for name, text, said in (("f.yaml", "steps: many\n", "--steps"), ("f.yaml", "steps: [1, 2]\n", "2"),
+                             ("f.json", '{"stepz": 1}', "did you mean --steps"),
+                             ("f.json", '{"steps": 2.5}', "2.5"),
+                             ("f.json", "[1]", "f.json: cannot read flags"),
+                             ("f.json", "{", "f.json: cannot read")):
+        (tmp_path / name).write_text(text)
+        assert said in refused(run_script, capsys, "grpo_baseline", tmp_path / name, *argv[:4])
+
+
+def test_every_flag_has_a_help_line_in_a_group(run_script, capsys):
+    assert run_script("sgpo", "--help") == 0
+    said = capsys.readouterr().out
+    for group in ("model, data and run directory:", "SFT warm-up:",
+                  "memory, evaluation and saving:", "algorithm:"):
+        assert group in said
+    assert "(default: None)" not in said and "(default: 1e-06)" in said and "python sgpo.py --model" in said
+
+
+def test_the_papers_constants_and_the_demos_own(monkeypatch):
+    def args_of(module, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *argv])
+        return common.parse_args(module.Args)
+
+    args = args_of(sgpo, "--model", "Qwen/Qwen2.5-7B-Instruct")
+    assert (args.lr, args.delta, args.alpha0, args.gamma, args.alpha_max) == (1e-6, 1.0, 0.5, 0.1, 0.8)
+    assert (args.clip_low, args.clip_high, args.temperature, args.top_p) == (0.2, 0.28, 1.0, 0.95)
+    assert (args.group_size, args.guided_group_size, args.warmup_frac, args.warmup_lr) == (8, 4, 0.33, 1e-5)
+    args = args_of(tgpo, "--model", "m", "--teacher", "t")
+    assert (args.clip_low, args.clip_high, args.top_p, args.loss_type, args.warmup_frac) == (0.2, 0.2, 1.0,
+            "dapo", 0)
+    assert args_of(grpo_baseline, "--model", "m").group_size == 12
+    args = args_of(sgpo, "--lr", "0.5")
+    assert args.lr == 0.5 and args.steps == common.DEMO_RECIPE["steps"] and args.delta == 1.0
+
+
+# ---- the demo
+
+def test_demo_problems_are_consistent(tmp_path):
+    train, held_out = common.demo_rows()
+    assert not {r["id"] for r in train} & {r["id"] for r in held_out}
+    assert {r["problem"][0] for r in train} == {r["problem"][0] for r in held_out}  # no kind is unseen
+    tokenizer = common.demo_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    common.Qwen2Config().save_pretrained(tmp_path)  # beside it the loader takes it for a Qwen2 tokenizer
+    loaded = common.load_tokenizer(str(tmp_path))
+    assert (len(loaded), loaded.pad_token, loaded.eos_token) == (len(tokenizer), "<pad>", "<end>")
+    for row in train + held_out:
+        assert common.grade(row["solution"], row["answer"]) == 1.0 and row["answer"] not in row["strategy"]
+        for text in (row["problem"], row["solution"], row["strategy"]):
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text and loaded(text).input_ids == ids
+    # what the demo has no token for is left out
+    assert loaded.decode(loaded("né 3+2∑\n").input_ids) == " 3+2"
+
+
+def test_the_demo_builds_runs_and_ends_with_its_table(tmp_path, run_script, capsys, monkeypatch):
+    """The plumbing of `python sgpo.py`, with a warm start too short to learn anything."""
+    monkeypatch.setattr(common, "DEMO_STEPS", 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny = ["--eval_samples", 1, "--prompts_per_step", 2, "--group_size", 2, "--max_new_tokens", 12]
+    assert run_script("sgpo", "--steps", 2, *tiny, "--out", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    table = [line.split() for line in said.splitlines()[-5:-2]]
+    assert "building a model of the demo once" in said and table[0] == ["held-out", "before", "after"]
+    assert table[1][0] == "accuracy" and table[2][:2] == ["accuracy", "guided"]
+    assert len(list((tmp_path / "cache").rglob("model.safetensors"))) == 1
+    assert not list((tmp_path / "cache").rglob("unfinished*"))
+    assert run_script("grpo_baseline", "--steps", 0, *tiny, "--out", tmp_path / "again") == 0
+    said = capsys.readouterr().out
+    assert "building" not in said and "guided" not in said  # from the cache; the baseline knows no strategy

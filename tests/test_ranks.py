@@ -1,4 +1,7 @@
-"""Several processes: what they compute together is what one computes alone. Rollouts are forced where results are compared: only sampling may differ."""
+"""Several processes: what they compute together is what one computes alone.
+
+Rollouts are forced where results are compared: only sampling may differ.
+"""
 import json
 import os
 import re
@@ -20,13 +23,13 @@ import grpo_baseline
 import sgpo
 import tgpo
 from conftest import ROOT, Child, read_jsonl, small_model, small_tokenizer, stripped, write_rows
-from test_update import B, G1, G2, GUIDED, PLAIN, PROBLEM, REWARDS, NoWatch, Recorder, batch
+from test_update import B, COMPLETIONS, G1, G2, GUIDED, LENGTHS, PLAIN, PROBLEM, REWARDS
 
 HOME = {"grpo_baseline": grpo_baseline, "sgpo": sgpo, "tgpo": tgpo}
 
 
 def joined(work, args):
-    common.start_processes()
+    common.join_processes()
     return (work(*args),)
 
 
@@ -35,56 +38,88 @@ def in_processes(n: int, work, *args, said=os.devnull) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = [Child(joined, work, args, said=said, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(n)]
     answers = [child.ended() for child in children]
     assert all(isinstance(answer, tuple) for answer in answers), (answers, said)
     return [answer for answer, in answers]
 
 
-class WholeRecorder(Recorder):
-    def step(self, closure=None):
-        whole = (g.full_tensor() if hasattr(g := p.grad, "full_tensor") else g for group in self.param_groups for p in group["params"])
-        self.grads.append(torch.cat([g.flatten().clone() for g in whole]))
-
-
 # ---- gradients
 
-def update_of(script: str, folder, flags: dict):
-    """One update with this process's share of the fixed rollout of test_update -> gradients of its steps, metrics. Weights are float64."""
-    load, shard = common.load_model, common._sharded
-    double = lambda name, flag, dtype, device: load(name, flag, torch.float64, device)
-    with mock.patch.multiple(common, load_model=double, _sharded=lambda plain, name, flag, dtype, offload: shard(plain, name, flag, torch.float64, offload)), \
-            mock.patch.object(tgpo, "load_model", double):
-        return _update_of(script, folder, flags)
-
-
-def _update_of(script, folder, flags):
-    model = common.load_policy(str(folder))
-    mine = list(common.dealt(range(B)))
-    auto = [q * G1 + j for q in mine for j in range(G1)]
-    guided = [B * G1 + q * G2 + j for q in mine for j in range(G2)] if script == "sgpo" else []
-    completions, mask = batch(20)
-    rows = auto + guided
-    module = HOME[script]
-    args = module.Args(prompts_per_step=B, group_size=G1, max_new_tokens=6, max_grad_norm=1e9, **flags, **({"guided_group_size": G2} if guided else {}))
-    ro = module.Rollout([PLAIN[PROBLEM[i]] for i in rows], completions[rows], mask[rows], ~mask[rows].any(1), [""] * len(rows))
-    advantages = common.dealt(module.group_advantages(REWARDS[:B * G1].view(B, G1))).flatten()
-    optimizer = WholeRecorder(model.parameters())
+def update_of(script: str, flags: dict):
+    """One update with this process's share of test_update's rollout -> gradients of its steps, metrics.
+    float64."""
+    module, model, grads = HOME[script], small_model().double(), []
+    model = common.shard(model, bf16=False) if common.dist.is_initialized() else model
+    mine = list(common.my_share(range(B)))
+    rows = [q * G1 + j for q in mine for j in range(G1)]
+    n_auto = len(rows)
     if script == "sgpo":
-        prompts = [PLAIN[PROBLEM[i]] for i in auto] + [GUIDED[PROBLEM[i]] for i in guided]
-        guidance, more = sgpo.guide(prompts, REWARDS[rows], [{"strategy": "s"}] * len(mine), args)
-        metrics = sgpo.update(model, optimizer, ro, advantages, guidance, args, NoWatch()) | more
-    elif script == "tgpo":
-        args.teacher = str(folder) + "-teacher"
-        tgpo.check_args(args)
-        tokenizer = small_tokenizer()
-        teacher = tgpo.load_teacher(args, tokenizer, tokenizer, 272, [257])
-        metrics = tgpo.update(model, optimizer, ro, advantages, teacher, 0.5, args, NoWatch())
-    else:
-        metrics = grpo_baseline.update(model, optimizer, ro, advantages, args, NoWatch())
-    return optimizer.grads, metrics
+        rows += [B * G1 + q * G2 + j for q in mine for j in range(G2)]
+    settings = {"guided_group_size": G2} if script == "sgpo" else {}
+    args = module.Args(prompts_per_step=B, group_size=G1, max_new_tokens=6, max_grad_norm=1e9, **settings,
+                       **flags)
+    mask = torch.arange(6) < torch.tensor(LENGTHS)[rows][:, None]
+    prompts = [PLAIN[PROBLEM[i]] for i in rows]
+    ro = module.Rollout(prompts, COMPLETIONS[rows], mask, ~mask.any(1), [""] * len(rows))
+    advantages = common.my_share(module.group_advantages(REWARDS[:B * G1].view(B, G1))).flatten()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
+    def keep(*_) -> None:
+        whole = (g.full_tensor() if hasattr(g := p.grad, "full_tensor") else g for p in model.parameters())
+        grads.append(torch.cat([g.flatten().clone() for g in whole]))
+
+    optimizer.register_step_pre_hook(keep)
+    if script == "sgpo":
+        guided = prompts[:n_auto] + [GUIDED[PROBLEM[i]] for i in rows[n_auto:]]
+        guidance, more = sgpo.guide(guided, REWARDS[rows], [{"strategy": "s"}] * len(mine), args)
+        return grads, sgpo.update(model, optimizer, ro, advantages, guidance, args) | more
+    if script == "tgpo":
+        args.teacher, tokenizer = "teacher", small_tokenizer()
+        tgpo.check_args(args)
+        with mock.patch.object(tgpo, "load_model",
+                               lambda *_: small_model(seed=5).double().requires_grad_(False)):
+            teacher = tgpo.Teacher(args, tokenizer, tokenizer, [257])
+        return grads, tgpo.update(model, optimizer, ro, advantages, teacher, 0.5, args)
+    return grads, grpo_baseline.update(model, optimizer, ro, advantages, args)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("script, flags", [
+    ("grpo_baseline", {}), ("grpo_baseline", {"loss_type": "dapo", "updates_per_rollout": 2}),
+    ("grpo_baseline", {"loss_type": "dr_grpo", "microbatch_tokens": 12}), ("sgpo", {"delta": 2.0}),
+    ("sgpo", {"microbatch_tokens": 12, "updates_per_rollout": 2}),
+    ("sgpo", {"target": "all", "distill": "reverse_kl"}), ("sgpo", {"distill": "sft"}),
+    ("tgpo", {"guidance": "tgpo"}), ("tgpo", {"guidance": "reverse-kl"}),
+    ("tgpo", {"guidance": "kdrl", "microbatch_tokens": 12, "updates_per_rollout": 2})])
+def test_gradients_and_metrics_do_not_depend_on_the_number_of_processes(script, flags, n):
+    alone, metrics = update_of(script, flags)
+    assert len(alone) == flags.get("updates_per_rollout", 1) and all(g.abs().max() > 1e-3 for g in alone)
+    for grads, theirs in in_processes(n, update_of, script, flags):
+        assert len(grads) == len(alone)
+        for a, b in zip(grads, alone):
+            assert ((a - b).norm() / b.norm()).item() < 1e-6
+        for name in metrics.keys() - {"padding_frac"}:
+            assert theirs[name] == pytest.approx(metrics[name], abs=1e-5), name
+
+
+def bf16_update(flags: dict):
+    """One process, sharded, computing in bf16 over gloo: what a GPU does."""
+    shard = common.shard
+    with mock.patch.object(common, "shard", lambda model, bf16: shard(model.float(), True)):
+        (gradient,), metrics = update_of("sgpo", flags)
+    return gradient, metrics
+
+
+def test_a_sharded_model_computes_in_bf16_on_fp32_weights():
+    (exact,), _ = update_of("sgpo", {"delta": 2.0})
+    (gradient, metrics), = in_processes(1, bf16_update, {"delta": 2.0})
+    assert gradient.dtype == torch.float32 and metrics["updates"] == 1
+    assert 1e-5 < ((gradient - exact).norm() / exact.norm()).item() < 0.15
+
+
+# ---- whole runs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -95,41 +130,26 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("script, flags", [
-    ("grpo_baseline", {}), ("grpo_baseline", {"loss_type": "dapo", "updates_per_rollout": 2}), ("grpo_baseline", {"loss_type": "dr_grpo", "microbatch_tokens": 12}),
-    ("sgpo", {}), ("sgpo", {"microbatch_tokens": 12, "updates_per_rollout": 2}), ("sgpo", {"target": "all", "distill": "reverse_kl"}), ("sgpo", {"distill": "sft"}),
-    ("tgpo", {"guidance": "tgpo"}), ("tgpo", {"guidance": "kdrl", "microbatch_tokens": 12, "updates_per_rollout": 2}), ("tgpo", {"guidance": "reverse-kl"}),
-])
-def test_gradients_and_metrics_do_not_depend_on_the_number_of_processes(script, flags, n, folder):
-    alone, metrics = update_of(script, folder, flags)
-    assert len(alone) == flags.get("updates_per_rollout", 1) and all(g.abs().max() > 1e-3 for g in alone)
-    for grads, theirs in in_processes(n, update_of, script, folder, flags):
-        assert len(grads) == len(alone)
-        for a, b in zip(grads, alone):
-            assert ((a - b).norm() / b.norm()).item() < 1e-6
-        for name, value in metrics.items():
-            if name != "padding_frac":
-                assert theirs[name] == pytest.approx(value, abs=1e-5), name
-
-
-# ---- whole runs
-
-def forced(model, prompts, eos, pad, max_new_tokens, *_):
-    """Completions that depend on the prompt and on how often it has come before in this call, on nothing else."""
+def forced(model, tokenizer, prompts, max_new_tokens, *_):
+    """Completions that depend on the prompt and on how often it has come before in this call, on nothing
+    else."""
     seen, rows = {}, []
     for prompt in prompts:
         k = seen[tuple(prompt)] = seen.get(tuple(prompt), 0) + 1
         draw = torch.Generator().manual_seed(zlib.crc32(repr((prompt, k)).encode()))
         length = int(torch.randint(1, max_new_tokens, (1,), generator=draw))
         row = torch.randint(0, 250, (max_new_tokens,), generator=draw)
-        row[length:] = eos[0]
+        row[length:] = 257
         rows.append(row)
     return torch.stack(rows)
 
 
 def whole_run(script: str, argv: list) -> int:
-    HOME[script].generate = common.generate = forced
+    common.generate = forced
+    return whole_run_for_real(script, argv)
+
+
+def whole_run_for_real(script: str, argv: list) -> int:
     sys.argv = [f"{script}.py", *map(str, argv)]
     try:
         HOME[script].main()
@@ -140,22 +160,25 @@ def whole_run(script: str, argv: list) -> int:
 
 def assert_same_run(a, b, digits=1e-5):
     one, two = (stripped(read_jsonl(run / "metrics.jsonl")) for run in (a, b))
-    assert len(one) == len(two)
+    assert [row.keys() for row in one] == [row.keys() for row in two]
     for x, y in zip(one, two):
-        assert x.keys() == y.keys()
-        for name in x:
-            assert name == "padding_frac" or y[name] == pytest.approx(x[name], abs=digits), (name, x["step"])
+        for name in x.keys() - {"padding_frac"}:
+            assert y[name] == pytest.approx(x[name], abs=digits), (name, x["step"])
     key = lambda s: (s["step"], s.get("guided", False), s["id"], s["completion"])
-    assert sorted(map(key, read_jsonl(a / "samples.jsonl"))) == sorted(map(key, read_jsonl(b / "samples.jsonl")))
+    assert sorted(map(key, read_jsonl(a / "samples.jsonl"))
+                  ) == sorted(map(key, read_jsonl(b / "samples.jsonl")))
     weights = [load_file(run / "model" / "model.safetensors") for run in (a, b)]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=digits, rtol=0)
 
 
 def argv_of(script, folder, rows_file, *more):
-    guided = {"sgpo": ["--guided_group_size", 2], "tgpo": ["--teacher", f"{folder}-teacher", "--coefficient", 0.1]}.get(script, [])
-    return ["--model", folder, "--dataset", rows_file, "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 1, "--reward", f"{rows_file.parent}/reward.py:even",
-            "--prompts_per_step", 4, "--group_size", 3, "--max_new_tokens", 8, "--lr", 1e-4, "--system_prompt", "", "--microbatch_tokens", 150, *guided, *more]
+    own = {"sgpo": ["--guided_group_size", 2],
+           "tgpo": ["--teacher", f"{folder}-teacher", "--coefficient", 0.1]}
+    return ["--model", folder, "--dataset", rows_file, "--eval_dataset", rows_file, "--eval_samples", 1,
+            "--eval_every", 1, "--reward", f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 4,
+            "--group_size", 3, "--max_new_tokens", 8, "--lr", 1e-4, "--system_prompt", "",
+            "--microbatch_tokens", 150, *own.get(script, []), *more]
 
 
 @pytest.mark.parametrize("script", HOME)
@@ -164,48 +187,43 @@ def test_two_processes_train_as_one_and_resume_as_any_number(script, folder, row
     for n, out in ((1, "one"), (2, "two")):
         assert in_processes(n, whole_run, script, [*argv, "--steps", 4, "--out", tmp_path / out]) == [0] * n
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    config = json.loads((tmp_path / "two" / "model" / "config.json").read_text())
-    assert config["architectures"] == ["Qwen2ForCausalLM"] and json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     ids = torch.tensor([[1, 2, 3]])
-    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / out / "model")(ids).logits for out in ("one", "two"))
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
-    for more, n in ((["--steps", 2], 2), (["--steps", 3, "--resume"], 1), (["--steps", 4, "--resume"], 3)):  # step 4: 3 processes share 4 problems
-        assert in_processes(n, whole_run, script, [*argv, *more, "--out", tmp_path / "mixed"]) == [0] * n
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / out / "model") for out in ("one", "two")]
+    assert type(models[1]).__name__ == "Qwen2ForCausalLM"
+    torch.testing.assert_close(*[model(ids).logits for model in models], atol=1e-4, rtol=1e-4)
+    # in step 4 three processes share four problems
+    for steps, n, more in ((2, 2, []), (3, 1, ["--resume"]), (4, 3, ["--resume"])):
+        argv_now = [*argv, "--steps", steps, *more, "--out", tmp_path / "mixed"]
+        assert in_processes(n, whole_run, script, argv_now) == [0] * n
     assert_same_run(tmp_path / "one", tmp_path / "mixed")
 
 
 def test_a_sharded_model_alone_is_the_plain_one(folder, rows_file, tmp_path):
     """One process in a group: sharded by FSDP2, sampled from for real, bit for bit."""
-    argv = [*argv_of("grpo_baseline", folder, rows_file), "--steps", 2]
-    assert in_processes(1, whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "sharded"]) == [0]
-    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "plain"]).ended() == 0
-    assert (tmp_path / "sharded" / "samples.jsonl").read_bytes() == (tmp_path / "plain" / "samples.jsonl").read_bytes()
+    argv = [*argv_of("grpo_baseline", folder, rows_file), "--steps", 2, "--out"]
+    assert in_processes(1, whole_run_for_real, "grpo_baseline", [*argv, tmp_path / "sharded"]) == [0]
+    assert Child(whole_run_for_real, "grpo_baseline", [*argv, tmp_path / "plain"]).ended() == 0
+    one, two = ((tmp_path / run / "samples.jsonl").read_bytes() for run in ("sharded", "plain"))
+    assert one == two
     assert_same_run(tmp_path / "plain", tmp_path / "sharded", digits=0)
 
 
-def whole_run_for_real(script, argv):
-    sys.argv = [f"{script}.py", *map(str, argv)]
-    HOME[script].main()
-    return 0
-
-
-def greedy(folder):
+def greedy(sharded: bool, r: int):
     """Prompts and numbers of tokens that differ between the processes."""
-    model, r = common.load_policy(str(folder)), common.rank()
+    model, tokenizer = small_model(), small_tokenizer()
+    model = common.shard(model, bf16=False) if sharded else model
+    r = common.rank() if sharded else r
     prompts = [[5, 6, 7][:r + 1], [9, 8, 7, 6]][:2 - r]
-    with common.rollout_weights(model) as fast:
-        assert not any("FSDP" in type(m).__name__ for m in fast.modules())
-        return prompts, common.generate(fast, prompts, [271], 270, 5 + 6 * r, 0.0, 1.0)
+    return common.complete(model, tokenizer, prompts, 5 + 6 * r, 0.0, 1.0, 100)[0].tolist()
 
 
-def test_each_process_samples_from_the_whole_model(folder):
-    plain = common.load_model(str(folder))
-    for r, (prompts, tokens) in enumerate(in_processes(2, greedy, folder)):
-        assert torch.equal(tokens, common.generate(plain, prompts, [271], 270, 5 + 6 * r, 0.0, 1.0))
+def test_each_process_samples_from_the_whole_model_at_its_own_pace():
+    assert in_processes(2, greedy, True, 0) == [greedy(False, 0), greedy(False, 1)]
 
 
 def drawn(_):
-    common.seed_everything(3, 4)
+    common.seed_everything(3, "step", 4)
     return torch.rand(3).tolist()
 
 
@@ -216,9 +234,9 @@ def test_processes_draw_differently_and_the_first_as_one_alone():
 
 def dealt_and_gathered(n):
     x = torch.arange(2 * n).view(n, 2)
-    share = common.dealt(x)
-    assert torch.equal(common.gathered(share), x) and common.summed({"a": len(share)})["a"] == n
-    return len(common.in_step([[1]] * len(share)))
+    share = common.my_share(x)
+    assert torch.equal(common.all_shares(share), x) and common.total(len(share), 1) == [n, 3]
+    return len(common.microbatches(range(len(share)), [9] * n, 1))
 
 
 @pytest.mark.parametrize("items", [2, 5, 7])
@@ -228,46 +246,60 @@ def test_dealing_and_gathering(items):
 
 # ---- torchrun
 
-def torchrun(n, script, *argv, **more):
+def torchrun(n, script, *argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone", str(ROOT / f"{script}.py"), *map(str, argv)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone"]
+    return subprocess.Popen([*command, str(ROOT / f"{script}.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=env)
 
 
 def test_torchrun_from_raw_rows_with_a_warm_up(folder, tmp_path):
-    rows = write_rows(tmp_path / "raw.jsonl", [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."} for i in range(12)])
-    process = torchrun(2, "sgpo", "--model", folder, "--dataset", rows, "--eval_dataset", rows, "--eval_samples", 1, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2,
-                       "--guided_group_size", 2, "--max_new_tokens", 30, "--warmup_epochs", 2, "--strategy_candidates", 2, "--strategist_max_new_tokens", 8,
-                       "--out", tmp_path / "run")
-    said, errors = process.communicate(timeout=180)
+    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
+            for i in range(12)]
+    data, run = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "run"
+    process = torchrun(2, "sgpo", "--model", folder, "--dataset", data, "--eval_dataset", data,
+                       "--eval_samples", 1, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2,
+                       "--guided_group_size", 2, "--max_new_tokens", 30, "--warmup_epochs", 2,
+                       "--strategy_candidates", 2, "--strategist_max_new_tokens", 8, "--out", run)
+    said, errors = process.communicate(timeout=240)
     assert process.returncode == 0, said + errors
-    assert said.count("plan") == 1 and said.count("model: ") == 1 and "strategies found" in said and "warm-up: 4 problems" in said
-    assert len(read_jsonl(tmp_path / "run" / "strategies.jsonl")) == 8
-    assert (tmp_path / "run" / "warmup" / "model.safetensors").exists() and (tmp_path / "run" / "model" / "model.safetensors").exists()
-    assert [m["step"] for m in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1] and len(read_jsonl(tmp_path / "run" / "samples.jsonl")) == 4
+    assert said.count("plan") == 1 and said.count("model: ") == 1
+    assert "strategies found" in said and "warm-up: 4 problems" in said
+    assert len(read_jsonl(run / "strategies.jsonl")) == 8
+    assert (run / "warmup" / "model.safetensors").exists() and (run / "model" / "model.safetensors").exists()
+    assert [m["step"] for m in read_jsonl(run / "metrics.jsonl")] == [0, 1]
+    assert len(read_jsonl(run / "samples.jsonl")) == 4
+
+
+def rank_of(pid: int) -> int | None:
+    found = re.search(rb"\0RANK=(\d)", open(f"/proc/{pid}/environ", "rb").read())
+    return int(found[1]) if found else None
 
 
 def test_when_a_process_dies_all_end_and_one_says_so(folder, rows_file, tmp_path):
-    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", folder, rows_file, "--steps", 10 ** 6, "--save_every", 2, "--out", tmp_path / "run"))
-    for _ in range(1200):
-        if any((tmp_path / "run" / "checkpoints").glob("step_*")):
-            break
+    argv = argv_of("grpo_baseline", folder, rows_file, "--steps", 10 ** 6, "--save_every", 2,
+                   "--eval_every", 0)
+    process = torchrun(2, "grpo_baseline", *argv, "--out", tmp_path / "run")
+    while not any((tmp_path / "run" / "checkpoints").glob("step_??????")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    children = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
-    ranks = {int(re.search(rb"\0RANK=(\d)", open(f"/proc/{pid}/environ", "rb").read())[1]): pid for pid in children if b"\0RANK=" in open(f"/proc/{pid}/environ", "rb").read()}
-    os.kill(ranks[1], signal.SIGKILL)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)],
+                              capture_output=True, text=True).stdout.split()
+    os.kill(next(int(pid) for pid in children if rank_of(int(pid)) == 1), signal.SIGKILL)
     began = time.time()
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.time() - began < 45
+    said, errors = process.communicate(timeout=90)
+    assert process.returncode != 0 and time.time() - began < 60
     assert "Signal 9 (SIGKILL)" in errors and errors.count("error: another process has died") <= 1
     assert not any(os.path.exists(f"/proc/{pid}") for pid in children)
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0], errors
-    whole = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
-    assert (whole / ".metadata").exists()
+    whole = sorted((tmp_path / "run" / "checkpoints").glob("step_??????"))[-1]
+    assert (whole / ".metadata").exists() and (whole / "about.json").exists()
 
 
-def test_refusals_are_said_once(folder, rows_file, tmp_path):
-    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", folder, rows_file, "--top_p", 7))
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and errors.count("error: ") == 1 and "exitcode  : 2" in errors
+@pytest.mark.parametrize("flags, said", [
+    (["--top_p", 7], "--top_p is 7.0"), (["--prompts_per_step", 1], "--prompts_per_step 1 is too few for 2")])
+def test_refusals_are_said_once(flags, said, folder, rows_file, tmp_path):
+    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", folder, rows_file, *flags))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("error: ") == 1 and said in errors
+    assert "exitcode  : 2" in errors and not (tmp_path / "run").exists()

@@ -1,9 +1,9 @@
-"""tgpo.py: every guidance against float64 NumPy, the update against the paper's loss on full logits, vocabularies, divergence, the demo."""
+"""tgpo.py: losses and whole updates against float64 references, other vocabularies, the demo."""
 import functools
 import json
-import math
 import sys
-from dataclasses import replace
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,732 +13,531 @@ from safetensors.torch import load_file
 import common
 import tgpo
 from conftest import read_jsonl, small_model, small_tokenizer, stripped, write_rows
-from test_equations import numeric_grad, reference_grpo, softmax
-from test_run import FAST, refused
-from test_sequences import Successor
-from test_update import B, G1, LENGTHS, PLAIN, PROBLEM, REWARDS, NoWatch, Recorder, batch, close, grpo_grad, rollout_of
 
-rng = np.random.default_rng(0)
 TRAINED = [g for g in tgpo.GUIDANCE if g != "none"]
-SHARED = 260  # ids both tokenizers have, of the student's 272 and the teacher's 288
-STUDENT, TEACHER = rng.normal(0, 1.5, (6, 7)), rng.normal(0, 1.5, (6, 7))
-IDS, LABELS = np.array([0, 3, 6, 2, 2, 5]), np.array([1, 3, 0, 2, 4, 4])
 
 
-def log_softmax(x):
-    return np.log(softmax(x))
+# ---- equations, on the logits of six tokens
+
+STUDENT, TEACHER = torch.tensor(np.random.default_rng(0).normal(0, 1.5, (2, 6, 7)))
+A, Y = torch.tensor([[0, 3, 6, 2, 2, 5], [1, 3, 0, 2, 4, 4]])
+TOP = TEACHER.argsort(1, descending=True)
 
 
-def at(x, ids):
-    return np.array([row[i] for row, i in zip(x, ids)])
+def p_of(z, ids=None):
+    p = z.exp() / z.exp().sum(1, keepdim=True)
+    return p if ids is None else p[range(6), ids]
 
 
-# ---- equations
+def kl(p, q):
+    return (p_of(p) * (p_of(p) / p_of(q)).log()).sum(1)
+
+
+def top_kl(z, k):
+    p = p_of(TEACHER.gather(1, TOP[:, :k]))
+    return (p * (p / p_of(z).gather(1, TOP[:, :k])).log()).sum(1)
+
+
+def grad(loss):
+    z = STUDENT.clone().requires_grad_()
+    return torch.autograd.grad(loss(z).sum(), z)[0]
+
 
 def test_schedule():
     s = [tgpo.coefficient(step, 0.002, 1e-5) for step in range(1, 301)]
-    np.testing.assert_allclose(s, [max(0.002 - 1e-5 * k, 0) for k in range(300)], atol=1e-11)
-    assert s[0] == 0.002 and s[199] == pytest.approx(1e-5) and s[200] == 0 and set(s[200:]) == {0.0}
-    adv = [tgpo.coefficient(step, 0.02, 1e-4) for step in (1, 200, 201, 900)]
-    assert adv == pytest.approx([0.02, 1e-4, 0, 0]) and adv[2] == 0
+    assert s == pytest.approx([max(0.002 - 1e-5 * k, 0) for k in range(300)], abs=1e-11)
+    assert s[199] > 0 and set(s[200:]) == {0.0}
     assert tgpo.coefficient(10 ** 6, 0.002, 0.0) == 0.002
 
 
-def topk_of(k):
-    ids = np.argsort(-TEACHER, 1)[:, :k]
-    return ids, np.take_along_axis(log_softmax(TEACHER), ids, 1)
-
-
-def reference_topk(z, k):
-    total = 0.0
-    for row, ids, logps in zip(log_softmax(z), *topk_of(k)):
-        p = np.exp(logps) / np.exp(logps).sum()
-        total += sum(p[j] * (math.log(p[j]) - row[ids[j]]) for j in range(k))
-    return total
-
-
-def reference_reverse(z, k=None):
-    ids = np.arange(7)[None].repeat(6, 0) if k is None else topk_of(k)[0]
-    total = 0.0
-    for student, teacher, chosen in zip(z, TEACHER, ids):
-        p, q = softmax(student[chosen]), softmax(teacher[chosen])
-        total += sum(p * (np.log(p) - np.log(q)))
-    return total
-
-
-def as_tensors(k):
-    ids, logps = topk_of(k)
-    return torch.tensor(ids), torch.tensor(logps)
-
-
 @pytest.mark.parametrize("ours, reference", [
-    (lambda z: tgpo.label_loss(z, torch.tensor(LABELS)), lambda z: -sum(at(log_softmax(z), LABELS))),
-    (lambda z: tgpo.topk_forward_kl(z, *as_tensors(1)), lambda z: reference_topk(z, 1)),
-    (lambda z: tgpo.topk_forward_kl(z, *as_tensors(3)), lambda z: reference_topk(z, 3)),
-    (lambda z: tgpo.topk_forward_kl(z, *as_tensors(7)), lambda z: np.sum(softmax(TEACHER) * (log_softmax(TEACHER) - log_softmax(z)))),
-    (lambda z: tgpo.k2(tgpo.chosen_logps(z, torch.tensor(IDS)), torch.tensor(at(log_softmax(TEACHER), IDS))),
-     lambda z: sum((at(log_softmax(TEACHER), IDS) - at(log_softmax(z), IDS)) ** 2 / 2)),
-    (lambda z: tgpo.reverse_kl(z, torch.tensor(TEACHER)), reference_reverse),
-    (lambda z: tgpo.reverse_kl(z.gather(-1, as_tensors(3)[0]), as_tensors(3)[1]), lambda z: reference_reverse(z, 3)),
-    (tgpo.policy_entropy, lambda z: -np.sum(softmax(z) * log_softmax(z))),
-], ids=["label", "top1", "top3", "top7_is_forward_kl", "k2", "reverse_kl", "reverse_kl_top3", "entropy"])
+    (lambda z: tgpo.label_loss(z, Y), lambda z: -p_of(z, Y).log()),
+    (lambda z: tgpo.k2(tgpo.chosen_logps(z, A), tgpo.chosen_logps(TEACHER, A)),
+     lambda z: (p_of(TEACHER, A) / p_of(z, A)).log() ** 2 / 2),
+    *[(lambda z, k=k: tgpo.topk_forward_kl(z, TOP[:, :k], TEACHER.gather(1, TOP[:, :k])),
+       lambda z, k=k: top_kl(z, k) if k < 7 else kl(TEACHER, z)) for k in (1, 3, 7)],
+    (lambda z: tgpo.reverse_kl(z, TEACHER), lambda z: kl(z, TEACHER)),
+    (tgpo.policy_entropy, lambda z: -(p_of(z) * p_of(z).log()).sum(1))])
 def test_losses_value_and_gradient(ours, reference):
-    z = torch.tensor(STUDENT, requires_grad=True)
-    loss = ours(z)
-    assert loss.shape == (6,)
-    loss.sum().backward()
-    assert loss.sum().item() == pytest.approx(reference(STUDENT), abs=1e-6)
-    np.testing.assert_allclose(z.grad, numeric_grad(reference, STUDENT), atol=1e-6)
+    torch.testing.assert_close(ours(STUDENT), reference(STUDENT))
+    torch.testing.assert_close(grad(ours), grad(reference))
+    h = 1e-6 * torch.eye(7, dtype=torch.float64)[A]  # and the gradient is the slope
+    torch.testing.assert_close(grad(ours)[range(6), A], (ours(STUDENT + h) - ours(STUDENT - h)) / 2e-6)
 
 
-@pytest.mark.parametrize("guidance", ["tgpo-adv", "tgpo-adv-matched", "rkl"])
-def test_advantages_value_and_gradient(guidance):
-    """The token's own advantage through the clipped loss, off-policy, one token at a time; nothing flows through the advantage."""
-    old_z, A, c = STUDENT + rng.normal(0, 0.3, STUDENT.shape), [0.7, -1.1], 0.4
-    old, old_label, teacher = (at(log_softmax(x), i).reshape(2, 3) for x, i in ((old_z, IDS), (old_z, LABELS), (TEACHER, IDS)))
-    same = (IDS == LABELS).reshape(2, 3)
-    assert same.any() and not same.all()
+def test_what_the_estimators_teach_on_average():
+    """Exactly: the gradient of every token's loss, weighted by the probability of drawing it."""
+    forward, reverse, label = grad(lambda z: kl(TEACHER, z)), grad(lambda z: kl(z, TEACHER)), p_of(STUDENT, Y)
+    assert (forward - reverse).abs().max() > 0.1  # the two can be told apart
 
-    def reference(z):
-        logps, total = at(log_softmax(z), IDS).reshape(2, 3), 0.0
-        for i in range(2):
-            for t in range(3):
-                a = {"tgpo-adv": A[i] + c * math.exp(old_label[i, t]), "rkl": A[i] + c * (teacher[i, t] - old[i, t]),
-                     "tgpo-adv-matched": A[i] + c * math.exp(old_label[i, t]) * (IDS[3 * i + t] == LABELS[3 * i + t])}[guidance]
-                total += reference_grpo([[logps[i, t]]], [[old[i, t]]], [a], [1], "dapo", 0.2, 0.2, 1)
-        return total
+    def average(loss, drawn_from=STUDENT):
+        def of(a):
+            return grad(lambda z: loss(tgpo.chosen_logps(z, a), tgpo.chosen_logps(TEACHER, a), a))
+        return sum(p_of(drawn_from, a)[:, None] * of(a) for a in torch.arange(7).repeat(6, 1).T)
 
-    z = torch.tensor(STUDENT, requires_grad=True)
-    logps = tgpo.chosen_logps(z, torch.tensor(IDS)).view(2, 3)
-    own = {"tgpo-adv": lambda: tgpo.label_bonus(torch.tensor(old_label)), "tgpo-adv-matched": lambda: tgpo.label_bonus(torch.tensor(old_label), torch.tensor(same)),
-           "rkl": lambda: tgpo.rkl_advantages(torch.tensor(old), torch.tensor(teacher))}[guidance]()
-    loss, _ = tgpo.policy_loss(logps, torch.tensor(old), torch.tensor(A)[:, None] + c * own, torch.ones(2, 3, dtype=torch.bool), 0.2, 0.2)
-    loss.sum().backward()
-    assert loss.sum().item() == pytest.approx(reference(STUDENT), abs=1e-6)
-    np.testing.assert_allclose(z.grad, numeric_grad(reference, STUDENT), atol=1e-6)
+    def as_advantage(bonus):
+        def loss(s, t, a):
+            old, own, mask = s.detach(), bonus(s.detach(), t, a), torch.ones(6, 1).bool()
+            return tgpo.policy_loss(s[:, None], old[:, None], own[:, None], mask, 0.2, 0.2)[0]
+        return average(loss)
 
-
-# ---- what the estimators teach in expectation, exactly: a sum over the vocabulary weighted by pi
-
-def expected_gradient(loss_of_token):
-    """sum_a pi(a) grad loss(a), with pi(a) held: what sampling a and stepping on loss(a) does on average. [7, V]"""
-    grads = np.zeros_like(STUDENT)
-    for a in range(7):
-        z = torch.tensor(STUDENT, requires_grad=True)
-        loss_of_token(z, torch.full((6,), a)).sum().backward()
-        grads += softmax(STUDENT)[:, a, None] * z.grad.numpy()
-    return grads
-
-
-def forward_grad():
-    return softmax(STUDENT) - softmax(TEACHER)
-
-
-def reverse_grad():
-    return numeric_grad(reference_reverse, STUDENT)
-
-
-def test_k2_has_the_gradient_of_the_reverse_kl_k3_of_the_forward_kl_and_k1_none():
-    teacher = torch.tensor(log_softmax(TEACHER))
-
-    def log_ratio(z, a):
-        return tgpo.chosen_logps(z, a), teacher.gather(-1, a[:, None])[:, 0]
-
-    assert np.abs(forward_grad() - reverse_grad()).max() > 0.1  # the two can be told apart
-    np.testing.assert_allclose(expected_gradient(lambda z, a: tgpo.k2(*log_ratio(z, a))), reverse_grad(), atol=1e-6)
-    k3 = expected_gradient(lambda z, a: (lambda s, t: (t - s).exp() - 1 - (t - s))(*log_ratio(z, a)))
-    np.testing.assert_allclose(k3, forward_grad(), atol=1e-6)
-    np.testing.assert_allclose(expected_gradient(lambda z, a: (lambda s, t: s - t)(*log_ratio(z, a))), 0, atol=1e-12)
-
-
-def test_rkl_has_the_gradient_of_the_reverse_kl_and_the_adv_bonus_none():
-    teacher, mask, label = torch.tensor(log_softmax(TEACHER)), torch.ones(6, 1, dtype=torch.bool), torch.tensor(LABELS)
-
-    def through_policy_loss(own):
-        def loss(z, a):
-            logps = tgpo.chosen_logps(z, a)[:, None]
-            return tgpo.policy_loss(logps, logps.detach(), own(z.detach(), a)[:, None], mask, 0.2, 0.2)[0]
-        return expected_gradient(loss)
-
-    rkl = through_policy_loss(lambda z, a: tgpo.rkl_advantages(tgpo.chosen_logps(z, a), teacher.gather(-1, a[:, None])[:, 0]))
-    np.testing.assert_allclose(rkl, reverse_grad(), atol=1e-6)
-    bonus = through_policy_loss(lambda z, a: tgpo.label_bonus(tgpo.chosen_logps(z, label)))
-    np.testing.assert_allclose(bonus, 0, atol=1e-12)
-    matched = through_policy_loss(lambda z, a: tgpo.label_bonus(tgpo.chosen_logps(z, label), a == label))
-    assert np.abs(matched).max() > 0.01
-
-
-def test_sampled_labels_are_an_unbiased_forward_kl():
-    grads = np.zeros_like(STUDENT)
-    for y in range(7):
-        z = torch.tensor(STUDENT, requires_grad=True)
-        tgpo.label_loss(z, torch.full((6,), y)).sum().backward()
-        grads += softmax(TEACHER)[:, y, None] * z.grad.numpy()
-    np.testing.assert_allclose(grads, forward_grad(), atol=1e-12)
+    for ours, wanted in [
+            (average(lambda s, t, a: tgpo.k2(s, t)), reverse),
+            (average(lambda s, t, a: (t - s).exp() - 1 - (t - s)), forward),  # k3
+            (average(lambda s, t, a: s - t), 0 * reverse),  # k1
+            (average(lambda s, t, a: -s, TEACHER), forward),  # labels drawn from the teacher
+            (as_advantage(lambda s, t, a: tgpo.rkl_advantages(s, t)), reverse),
+            (as_advantage(lambda s, t, a: tgpo.label_bonus(label.log())), 0 * reverse),
+            (as_advantage(lambda s, t, a: tgpo.label_bonus(label.log(), a == Y)),
+             label[:, None] ** 2 * (p_of(STUDENT) - torch.eye(7)[Y]))]:
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-9)
     torch.manual_seed(0)
-    drawn = tgpo.next_token(torch.tensor(TEACHER[:1]).expand(20000, 7), sampled=True)
-    np.testing.assert_allclose(np.bincount(drawn, minlength=7) / 20000, softmax(TEACHER)[0], atol=0.015)
-    assert tgpo.next_token(torch.tensor(TEACHER)).tolist() == TEACHER.argmax(1).tolist()
+    teacher = teacher_of(None, args_of("tgpo-sampled"), shared=7)
+    drawn = teacher.read(TEACHER[:1].repeat(20000, 1), torch.zeros(20000, dtype=torch.long))[0]
+    torch.testing.assert_close(drawn.bincount() / 20000, p_of(TEACHER)[0].float(), rtol=0, atol=0.015)
+
+
+# ---- an example: four problems, three rows each; the student has 300 ids, its teacher 288, both share 260
+
+B, G, C, SHARED, SAME_END = 4, 3, 6, 260, (257, 257)
+PROMPTS = [p for p in ([5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [2, 2, 9, 1]) for _ in range(G)]
+LENGTHS = [3, 5, 1, 4, 4, 2, 6, 6, 6, 2, 3, 4]
+REWARDS = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1.0]])
+MASK = torch.arange(C) < torch.tensor(LENGTHS)[:, None]
+
+
+def models():
+    return small_model(vocab=300).double(), small_model("llama", 288, seed=5).double()
+
+
+def logits_of(model, prompt, ids, temperature=1.0, ends=SAME_END):
+    """All logits of a row alone, `ends` exchanged; an id without an embedding is read as 0."""
+    V = model.config.vocab_size
+    read = torch.tensor([[i if i < V else 0 for i in prompt + ids]])
+    columns = [{ends[0]: ends[1], ends[1]: ends[0]}.get(i, i) for i in range(V)]
+    return model(read).logits[0, len(prompt) - 1:-1].double()[:, columns] / temperature
+
+
+@functools.cache
+def rollout():
+    """Three rows are the teacher's own words; one token is an end, one only the student has."""
+    ids, teacher = torch.tensor(np.random.default_rng(0).integers(10, 250, (12, C))), models()[1]
+    for i, t in [(i, t) for i in (0, 5, 9) for t in range(C)]:
+        ids[i, t] = logits_of(teacher, PROMPTS[i], ids[i, :t + 1].tolist())[-1, :SHARED].argmax()
+    ids[[3, 6, 7], [1, 5, 2]] = torch.tensor([299, 257, ids[0, 0]])
+    return tgpo.Rollout(PROMPTS, ids, MASK, ~MASK.any(1), [""] * 12)
+
+
+def row(i):
+    return PROMPTS[i], rollout().completions[i, :LENGTHS[i]].tolist()
+
+
+def args_of(guidance="tgpo", **flags):
+    args = tgpo.Args(**dict(guidance=guidance, teacher="t", prompts_per_step=B, group_size=G,
+                            max_new_tokens=C, max_grad_norm=1e9, bf16=False) | flags)
+    tgpo.check_args(args)
+    return args
+
+
+def teacher_of(model, args, shared=SHARED, ends=SAME_END, other_ends=()):
+    teacher = object.__new__(tgpo.Teacher)
+    vars(teacher).update(model=model, args=args, shared=shared, end=ends[0], own_end=ends[1], offload=False,
+                         other_ends=list(other_ends), device=torch.device("cpu"))
+    return teacher
+
+
+def updated(guidance="tgpo", coef=0.3, lr=0.0, ends=SAME_END, teacher=None, rewards=REWARDS, **flags):
+    """-> the gradient of each step of plain descent, metrics"""
+    (model, own), args, grads = models(), args_of(guidance, **flags), []
+    teacher = teacher or teacher_of(own, args, ends=ends)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
+    advantages = tgpo.group_advantages(rewards).flatten()
+    metrics = tgpo.update(model, optimizer, rollout(), advantages, teacher, coef, args)
+    assert all(p.requires_grad and p.grad is None for p in teacher.model.parameters())
+    return grads, metrics
 
 
 # ---- the teacher's pass
 
-@pytest.mark.parametrize("V", [7, 512, 1024, 1300])
-def test_argmax_by_blocks_is_the_first_of_equals(V):
-    x = torch.randint(-40, 40, (300, V), generator=torch.Generator().manual_seed(V)).float()
-    assert tgpo.argmax(x).tolist() == x.numpy().argmax(1).tolist()
-
-
-@pytest.mark.parametrize("V, shared", [(1300, 1300), (1300, 1000), (40, 30)])
-def test_log_probs_in_place(V, shared):
-    """Far from the maximum as well, also where the maximum is not a shared id, and in no memory but the logits' own."""
-    x = torch.randn(50, V, generator=torch.Generator().manual_seed(V)) * 30
-    x[:10, -1], x[10:20, 3], x[20:30, 5] = 400, 300, -300
-    ids = torch.arange(50) % shared
-    ids[20:30], ids[30] = 5, V + 9
-    wanted = log_softmax(x[:, :shared].double().numpy())[np.arange(50), ids.clamp(max=shared - 1)]
-    np.testing.assert_allclose(tgpo.chosen_logps_in_place(x, ids, shared), wanted, rtol=1e-5, atol=1e-4)
-    assert x.sum(1).tolist() == pytest.approx([1.0] * 50, abs=1e-4)  # used up: they are the probabilities now
-
-
-def teacher_of(model, shared=SHARED, end=257, own_end=257, own_ends=()):
-    return tgpo.Teacher(model, shared, end, own_end, list(own_ends), torch.device("cpu"))
-
-
 def test_labels_are_shifted_right_and_begin_at_the_last_prompt_token():
-    model = Successor()
-    model.get_input_embeddings = lambda: model.head
-    completions, mask = torch.tensor([[8, 30, 10], [4, 3, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-    ro = tgpo.Rollout([[5, 6, 7], [1]], completions, mask, ~mask.any(1), ["", ""])
-    advice = teacher_of(model, shared=50).advise(ro, [0, 1], tgpo.Args())
-    assert advice.labels.tolist() == [[8, 9, 31], [2, 5, -1]]  # what follows 7, 8, 30; 1, 4
-    assert advice.agrees.tolist() == [[True, False, False], [False, False, False]]
+    """Of a model that puts all its mass on id + 1."""
+    head = torch.nn.Linear(50, 50, bias=False)
+    head.weight.data = 10 * torch.eye(50)
+    model = SimpleNamespace(
+        base_model=lambda input_ids, **_: SimpleNamespace(last_hidden_state=head.weight[input_ids + 1]),
+        device="cpu", modules=list, get_input_embeddings=lambda: head, get_output_embeddings=lambda: head)
+    ids, mask = torch.tensor([[8, 30, 10], [4, 3, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    ro = tgpo.Rollout([[5, 6, 7], [1]], ids, mask, ~mask.any(1), ["", ""])
+    advice = teacher_of(model, args_of(), shared=50).advise(ro, [0, 1])
+    assert advice.labels[mask].tolist() == [8, 9, 31, 2, 5]  # what follows 7, 8, 30; 1, 4
+    assert advice.agrees[mask].tolist() == [True, False, False, False, False]
     assert advice.logps[0, 0] > -1e-5 and advice.logps[0, 1] < -50
-
-
-def reference_teacher(model, prompt, ids, shared=SHARED, ends=None):
-    """Full logits of one row alone, float64 -> (log-probs over the shared ids, labels from all ids)."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].double().numpy()
-    if ends:
-        logits[:, list(ends)] = logits[:, list(ends)[::-1]]
-    return log_softmax(logits[:, :shared]), logits.argmax(1)
 
 
 @pytest.mark.parametrize("budget, chunk", [(10 ** 6, 2 ** 26), (30, 2 ** 26), (10 ** 6, 288), (1, 288)])
 def test_the_pass_equals_rows_alone_on_full_logits(budget, chunk, monkeypatch):
-    monkeypatch.setattr(common, "VOCABULARY_CHUNK", chunk)
-    model, seen = small_model("llama", 288, seed=5), []
-    true_read = tgpo.Teacher.read
-    monkeypatch.setattr(tgpo.Teacher, "read", lambda self, logits, *rest: seen.append(len(logits)) or true_read(self, logits, *rest))
-    ro, args = rollout_of(12), tgpo.Args(guidance="tgpo-topk", topk=4, teacher_microbatch_tokens=budget)
-    rows = [0, 2, 3, 7, 11]
-    advice = teacher_of(model).advise(ro, rows, args)
-    assert max(seen) <= max(common.READ_ONLY_CHUNKS * chunk // 288, 1) and sum(seen) == sum(LENGTHS[i] for i in rows)
-    for i in range(12):
-        n, ids = LENGTHS[i], ro.completions[i, :LENGTHS[i]].tolist()
-        if i not in rows:
-            assert (advice.labels[i] == -1).all() and (advice.logps[i] == 0).all()
-            continue
-        logps, best = reference_teacher(model, PLAIN[PROBLEM[i]], ids)
-        np.testing.assert_allclose(advice.logps[i, :n], at(logps, ids), atol=1e-5)
-        assert advice.labels[i, :n].tolist() == [y if y < SHARED else -1 for y in best]
-        assert advice.agrees[i, :n].tolist() == [y == a for y, a in zip(best, ids)]
-        order = np.argsort(-logps, 1)[:, :4]
-        assert advice.top_ids[i, :n].tolist() == order.tolist()
-        np.testing.assert_allclose(advice.top_logits[i, :n].log_softmax(-1), log_softmax(np.take_along_axis(logps, order, 1)), atol=1e-5)
+    """Also where another process has one batch more to read."""
+    read, cut, passes, seen, some = tgpo.Teacher.read, tgpo.microbatches, [], [], [0, 2, 3, 7, 11]
+    monkeypatch.setattr(common, "CHUNK", chunk)
+    monkeypatch.setattr(tgpo, "microbatches", lambda *a: [*cut(*a), []])
+    monkeypatch.setattr(tgpo.Teacher, "read", lambda *a: seen.append(len(a[1])) or read(*a))
+    model, args = models()[1], args_of("tgpo-topk", topk=4, teacher_microbatch_tokens=budget)
+    model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    advice = teacher_of(model, args).advise(rollout(), some)
+    assert (len(passes) == len(some) + 1) == (budget == 1)
+    assert max(seen) <= max(common.READ_ONLY * chunk // 288, 1) and sum(seen) == MASK[some].sum()
+    assert torch.isfinite(advice.logps).all() and not advice.logps[[1, 4, 5, 6, 8, 9, 10]].any()
+    for i in some:
+        logits, ids, n = logits_of(model, *row(i)).detach(), torch.tensor(row(i)[1]), LENGTHS[i]
+        logps, best, k = logits[:, :SHARED].log_softmax(1), logits.argmax(1), (ids < SHARED).nonzero()[:, 0]
+        torch.testing.assert_close(advice.logps[i, k].double(), logps[k, ids[k]], rtol=0, atol=1e-5)
+        assert torch.equal(advice.labels[i, :n], best.where(best < SHARED, -1))
+        assert torch.equal(advice.agrees[i, :n], best == ids)
+        wanted, order = logps.topk(4)
+        assert torch.equal(advice.top_ids[i, :n], order)
+        ours = advice.top_logits[i, :n].double()
+        torch.testing.assert_close(ours.softmax(1), wanted.softmax(1), rtol=0, atol=1e-5)
 
 
 def test_end_tokens_change_places():
-    """The teacher's end label becomes the student's, in labels, log-probs and distributions; a further end of its own is a label only."""
-    teacher = teacher_of(small_model(), shared=6, end=2, own_end=4, own_ends=[4, 7])
-    logits = torch.tensor([[0.0, 1, 2, 3, 9, 0, 0, 0, 0], [0, 1, 2, 3, 0, 0, 0, 9, 0], [0, 1, 2, 9, 0, 0, 0, 0, 0], [0, 1, 2, 0, 0, 0, 0, 0, 9]])
-    aligned = teacher.align(logits.clone())
-    advice = teacher.read(aligned, torch.tensor([2, 2, 3, 3]), 1, False)
-    assert advice.labels.tolist() == [2, 2, 3, -1] and advice.agrees.tolist() == [True, True, True, False]
-    np.testing.assert_allclose(advice.logps[0], log_softmax(np.array([[0.0, 1, 9, 3, 2, 0]]))[0, 2], atol=1e-6)
-    assert advice.top_ids[0].tolist() == [2]
-    same = teacher_of(small_model(), shared=6, end=2, own_end=2)
-    assert torch.equal(same.align(logits.clone()), logits)
+    """The teacher's end is the student's in labels, log-probs and distributions; a further end in labels."""
+    teacher = teacher_of(None, args_of("tgpo-topk", topk=1), shared=6, ends=(2, 4), other_ends=[4, 7])
+    logits = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 0, 0.0]]).repeat(4, 1)
+    logits[range(4), [4, 7, 3, 8]] = 9
+    labels, logps, agrees, top_ids, _ = teacher.read(logits.clone(), torch.tensor([2, 2, 3, 3]))
+    assert labels.tolist() == [2, 2, 3, -1] and agrees.tolist() == [True, True, True, False]
+    wanted = torch.tensor([0.0, 1, 9, 3, 2, 0]).log_softmax(0)[2].item()
+    assert top_ids[0] == 2 and logps[0].item() == pytest.approx(wanted, abs=1e-6)
+    assert torch.equal(teacher_of(None, args_of(), ends=(2, 2)).align(logits.clone()), logits)
 
 
-def test_ids_the_teacher_has_no_embedding_for():
-    """A student's table may be wider: such a token is read as something else, scored as nothing, and the row goes on."""
-    ro = rollout_of(12)
-    ro.completions[3, 1] = 271
-    model = small_model("qwen2", 265, seed=5)
-    advice = teacher_of(model).advise(ro, [3], tgpo.Args())
-    assert torch.isfinite(advice.logps).all() and not advice.agrees[3, 1]
-    metrics = tgpo_grad(teacher=model, completions=ro.completions, guidance="kdrl")[1]
-    assert math.isfinite(metrics["loss"]) and math.isfinite(metrics["tgpo/reverse_kl_k1"])
-
-
-def test_offload_brings_the_teacher_back_to_rest():
-    moves, teacher = [], replace(teacher_of(small_model("qwen2", 288, seed=5)), offload=True)
-    true_to = teacher.model.to
-    teacher.model.to = lambda place: moves.append(str(place)) or true_to(place)
-    teacher.advise(rollout_of(12), [0, 1], tgpo.Args())
-    assert moves == ["cpu", "cpu"] and len(moves) == 2  # to its device, and back
-    teacher.offload = False
-    teacher.advise(rollout_of(12), [0, 1], tgpo.Args())
-    assert len(moves) == 2
+@pytest.mark.parametrize("guidance", ["tgpo", "reverse-kl"])
+def test_offload_returns_to_rest(guidance, monkeypatch):
+    """It is on its device whenever it reads, and in CPU memory after the update."""
+    (_, model), places, read_at = models(), ["cpu"], set()
+    teacher, to = teacher_of(model, args_of(guidance)), model.to
+    teacher.offload, teacher.device = True, torch.device("cpu", 0)
+    monkeypatch.setattr(model, "to", lambda place: places.append(str(place)) or to(place))
+    model.base_model.register_forward_pre_hook(lambda *_: read_at.add(places[-1]))
+    updated(guidance, teacher=teacher)
+    assert read_at == {"cpu:0"} and places[-1] == "cpu"
 
 
 # ---- the update
 
-TOPK = 5
-ENDS = (257, 40)  # the student ends with 257, the teacher with 40
-
-
-@functools.cache
-def written():
-    """[12, 6] completions: random ids, and in three rows what the teacher itself would write, so that labels and tokens meet."""
-    completions, teacher = batch(12)[0].clone(), small_model("llama", 288, seed=5)
-    for i in (0, 5, 9):
-        for t in range(6):
-            with torch.no_grad():
-                completions[i, t] = teacher(torch.tensor([PLAIN[PROBLEM[i]] + completions[i, :t].tolist()])).logits[0, -1, :SHARED].argmax()
-    return completions
-
-
-def tgpo_grad(guidance="tgpo", coef=0.3, budget=10 ** 6, teacher=None, model=None, completions=None, ends=(257, 257), **flags):
-    args = tgpo.Args(guidance=guidance, prompts_per_step=B, group_size=G1, microbatch_tokens=budget, max_new_tokens=6, teacher="t",
-                     **{"max_grad_norm": 1e9, "topk": TOPK if guidance == "tgpo-topk" else None, "clip_high": 0.28, "loss_type": "grpo", **flags})
-    tgpo.check_args(args)
-    model, ro = model or small_model(), rollout_of(12)
-    ro.completions = written() if completions is None else completions
-    optimizer = Recorder(model.parameters())
-    teacher = teacher_of(teacher or small_model("llama", 288, seed=5), end=ends[0], own_end=ends[1], own_ends=[e for e in ends[1:] if e != ends[0]])
-    torch.manual_seed(7)
-    advantages = tgpo.group_advantages(REWARDS[:12].view(B, G1)).flatten()
-    metrics = tgpo.update(model, optimizer, ro, advantages, teacher, coef if guidance != "none" else 0.0, args, NoWatch())
-    return optimizer.grads, metrics
-
-
-def reference_loss(model, teacher, guidance, coef, loss_type="dapo", temperature=1.0, reward=1.0, bonus=0.0, topk=TOPK, ends=(257, 257)):
-    """papers/tgpo.md row by row, in float64, on the full logits of one row and one model at a time."""
-    completions = written()
-    policy, guide, entropy, dropped = [], [], [], 0
-    for i in range(12):
-        prompt, ids, n = PLAIN[PROBLEM[i]], completions[i, :LENGTHS[i]].tolist(), LENGTHS[i]
-        group = REWARDS[PROBLEM[i] * G1:(PROBLEM[i] + 1) * G1].double()
-        A = reward * ((REWARDS[i] - group.mean()) / (group.std() + 1e-6) if group.std() > 0 else torch.tensor(0.0)).double().expand(n)
-        full = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / temperature
+def reference_loss(model, old, teacher, some, args, coef, ends):
+    """The paper's methods in float64 on full logits, a row and a model at a time -> loss, labels dropped."""
+    policy, guide, entropy, dropped, guidance = [], [], [], 0, args.guidance
+    for i in some:
+        (prompt, ids), group = row(i), REWARDS[i // G].double()
+        k, a = range(len(ids)), torch.tensor(ids)
+        A = args.reward_weight * (group[i % G] - group.mean()) / (group.std() + 1e-6) * torch.ones(len(ids))
+        new = logits_of(model, prompt, ids, args.temperature)
         with torch.no_grad():
-            theirs = teacher(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / temperature
-            if ends[0] != ends[1]:
-                theirs[:, list(ends)] = theirs[:, list(ends)[::-1]]
-        every = torch.log_softmax(full, -1)
-        s, t = torch.log_softmax(full[:, :SHARED], -1), torch.log_softmax(theirs[:, :SHARED], -1)
-        labels = theirs.argmax(-1)
-        kept, k = labels < SHARED, range(n)
-        y = labels.clamp(max=SHARED - 1)
-        if guidance in ("tgpo", "tgpo-adv", "tgpo-adv-matched"):
-            dropped += int((~kept).sum())
-        bonus_of = torch.where(kept, s[k, y].detach().exp(), 0.0)
-        if guidance == "tgpo-adv":
-            A = A + coef * bonus_of
-        if guidance == "tgpo-adv-matched":
-            A = A + coef * bonus_of * (labels == torch.tensor(ids))
+            before = logits_of(old, prompt, ids, args.temperature)
+            theirs = logits_of(teacher, prompt, ids, args.temperature, ends)
+        s, b, t = (x[:, :SHARED].log_softmax(1) for x in (new, before, theirs))
+        new, before = new.log_softmax(1), before.log_softmax(1)
+        labels = theirs.topk(2).indices[:, int(guidance == "tgpo-sampled")]  # the tests draw the second best
+        y, x, has, known = labels.clamp(max=SHARED - 1), a.clamp(max=SHARED - 1), labels < SHARED, a < SHARED
+        if guidance.startswith("tgpo-adv"):
+            A = A + coef * b[k, y].exp() * has * (labels == a if guidance == "tgpo-adv-matched" else 1)
         if guidance == "rkl":
-            A = A + coef * (t[k, ids] - s[k, ids].detach())
-        logps = every[k, ids]
-        policy.append(-A * (logps - logps.detach()).exp())
-        entropy.append(-(every.exp() * every).sum(-1))
-        g = torch.zeros(n, dtype=torch.float64)
-        if guidance == "tgpo":
-            g = -s[k, y][kept]
-        elif guidance == "tgpo-topk":
-            p, top = t.topk(topk)
-            p = torch.log_softmax(p, -1)
-            g = (p.exp() * (p - s.gather(-1, top))).sum(-1)
-        elif guidance == "kdrl":
-            g = (t[k, ids] - s[k, ids]) ** 2 / 2
-        elif guidance == "reverse-kl":
-            if topk:
-                top = t.topk(topk).indices
-                s, t = torch.log_softmax(s.gather(-1, top), -1), torch.log_softmax(t.gather(-1, top), -1)
-            g = (s.exp() * (s - t)).sum(-1)
-        guide.append(g)
+            A = A + coef * (t[k, x] - b[k, x]) * known
+        rho = (new[k, a] - before[k, a]).exp()
+        policy.append(-torch.min(rho * A, rho.clamp(1 - args.clip_low, 1 + args.clip_high) * A))
+        entropy.append(-(new.exp() * new).sum(1))
+        best = t.topk(args.topk or SHARED).indices
+        s_top, t_top = (z.gather(1, best).log_softmax(1) for z in (s, t))
+        guide.append({"tgpo": -s[k, y][has], "tgpo-sampled": -s[k, y][has],
+                      "tgpo-topk": (t_top.exp() * (t_top - s.gather(1, best))).sum(1),
+                      "kdrl": (t[k, x] - s[k, x])[known] ** 2 / 2,
+                      "reverse-kl": (s_top.exp() * (s_top - t_top)).sum(1)}.get(guidance, torch.zeros(1)))
+        dropped += int((~has).sum())
 
-    def mean(rows):
-        if loss_type == "dapo":
-            return torch.cat(rows).mean() if sum(map(len, rows)) else 0.0
-        return sum(row.mean() for row in rows if len(row)) / 12
+    def mean(parts):
+        if args.loss_type == "dapo":
+            return torch.cat(parts).mean()
+        return sum(x.mean() if args.loss_type == "grpo" else x.sum() / C for x in parts) / len(parts)
 
-    return mean(policy) + coef * mean(guide) - bonus * mean(entropy), dropped
+    return mean(policy) + coef * mean(guide) - args.entropy_bonus * mean(entropy), dropped
 
 
-@pytest.mark.parametrize("guidance, flags, setting", [
-    *[(g, {}, {}) for g in TRAINED if g != "tgpo-sampled"],
-    ("reverse-kl", dict(topk=TOPK), dict(topk=TOPK)),
-    ("tgpo", dict(loss_type="grpo"), dict(loss_type="grpo")),
-    ("tgpo", dict(temperature=0.7), dict(temperature=0.7)),
-    ("reverse-kl", dict(temperature=0.7), dict(temperature=0.7)),
-    ("tgpo", dict(reward_weight=0.0), dict(reward=0.0)),
-    ("rkl", dict(reward_weight=0.5), dict(reward=0.5)),
-    ("tgpo", dict(entropy_bonus=0.05), dict(bonus=0.05)),
-    ("none", dict(entropy_bonus=0.05), dict(bonus=0.05)),
-    ("tgpo", dict(ends=ENDS), dict(ends=ENDS)),
-    ("kdrl", dict(ends=ENDS), dict(ends=ENDS)),
-    ("reverse-kl", dict(ends=ENDS), dict(ends=ENDS)),
-])
-def test_update_gradient_is_the_papers(guidance, flags, setting):
-    flags, setting = {"loss_type": "dapo", **flags}, dict(setting)
-    if guidance in ("rkl", "reverse-kl"):
-        setting.setdefault("reward", 0.0)
-    if guidance == "reverse-kl":
-        setting.setdefault("topk", None)
-    teacher = small_model("llama", 288, seed=5).double()
-    grads, metrics = tgpo_grad(guidance, model=small_model().double(), teacher=teacher, **flags)
-    model = small_model().double()
-    loss, dropped = reference_loss(model, teacher, guidance, 0.3 if guidance != "none" else 0.0, **setting)
-    loss.backward()
-    close(grads[0].float(), torch.cat([p.grad.flatten() for p in model.parameters()]).float())
-    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-6)
-    if guidance == "tgpo":
-        assert metrics["tgpo/dropped_labels"] == dropped > 0  # the example has some to drop
+def same(a, b, tolerance=1e-6):
+    return (a - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize("guidance", TRAINED)
-def test_microbatches_change_nothing_and_no_gradient_reaches_the_teacher(guidance):
-    torch.manual_seed(0)
-    teacher = small_model("llama", 288, seed=5).double()
-    assert all(p.requires_grad for p in teacher.parameters())
-    if guidance == "tgpo-sampled":  # the draws depend on how the tokens are cut: one label for all
-        class Same(tgpo.Teacher):
-            def read(self, logits, ids, topk, sampled):
-                return super().read(logits, ids, topk, False)._replace(labels=ids)
-        original, tgpo.Teacher = tgpo.Teacher, Same
-    try:
-        grads = [tgpo_grad(guidance, model=small_model().double(), budget=budget, teacher=teacher, teacher_microbatch_tokens=budget)[0][0] for budget in (10 ** 6, 60, 1)]
-    finally:
-        if guidance == "tgpo-sampled":
-            tgpo.Teacher = original
-    close(grads[1], grads[0])
-    close(grads[2], grads[0])
-    assert all(p.grad is None for p in teacher.parameters())
+SEEN = {}  # first gradients of the settings so far
 
 
-def test_every_guidance_and_flag_moves_the_gradient():
-    settings = [dict(guidance="none"), *[dict(guidance=g) for g in TRAINED], dict(reward_weight=0.0), dict(entropy_bonus=0.05), dict(coef=0.1),
-                dict(guidance="reverse-kl", topk=TOPK), dict(guidance="tgpo-topk", topk=2), dict(loss_type="dapo")]
-    grads = [tgpo_grad(**s)[0][0] for s in settings]
-    for i in range(len(grads)):
-        for j in range(i):
-            assert (grads[i] - grads[j]).norm() / grads[j].norm() > 1e-4, (settings[i], settings[j])
+@pytest.mark.parametrize("guidance, flags", [
+    *[(g, {}) for g in tgpo.GUIDANCE], ("tgpo-topk", dict(topk=2)), ("reverse-kl", dict(topk=5)),
+    ("tgpo", dict(loss_type="grpo")), ("kdrl", dict(loss_type="dr_grpo")), ("tgpo", dict(reward_weight=0.0)),
+    ("rkl", dict(reward_weight=0.5)), ("tgpo", dict(entropy_bonus=0.05)), ("none", dict(entropy_bonus=0.05)),
+    ("tgpo", dict(coef=0.1)), *[(g, dict(temperature=0.7)) for g in ("tgpo", "kdrl", "reverse-kl")],
+    *[(g, dict(own_end=True)) for g in ("tgpo", "kdrl", "reverse-kl")],
+    *[(g, dict(updates_per_rollout=2, lr=0.3)) for g in ("none", "tgpo", "tgpo-adv", "rkl", "kdrl")],
+    ("tgpo-adv-matched", dict(updates_per_rollout=3, lr=0.3, loss_type="grpo"))])
+def test_update_gradient_is_the_papers(guidance, flags, monkeypatch):
+    """Later updates, too: ratios, clipping and advantages are made of the policy that sampled."""
+    monkeypatch.setattr(torch.Tensor, "multinomial", lambda p, n: p.topk(2).indices[:, 1:])
+    name, flags = " ".join([guidance, *map(str, flags.items())]), dict(flags)
+    coef, lr = flags.pop("coef", 0.3), flags.pop("lr", 0.0)
+    ends = (257, row(0)[1][0]) if flags.pop("own_end", False) else SAME_END
+    grads, metrics = updated(guidance, coef, lr, ends, **flags)
+    (model, teacher), (old, _), args, losses, dropped = models(), models(), args_of(guidance, **flags), [], 0
+    rows = np.arange(B * G).reshape(B, G)
+    for some, ours in zip(np.array_split(rows, args.updates_per_rollout), grads, strict=True):
+        loss, without = reference_loss(model, old, teacher, some.flatten(), args, coef, ends)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        assert same(ours, torch.cat([g.flatten() for g in gradient]), 1e-5)
+        for p, g in zip(model.parameters(), gradient):
+            p.data -= lr * g
+        losses, dropped = [*losses, loss.item()], dropped + without
+    assert metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert metrics["tgpo/dropped_labels"] == dropped > 0 and (metrics["clip_ratio"] > 0) == (lr > 0)
+    if not lr:  # every guidance and flag matters
+        assert not [other for other, gradient in SEEN.items() if same(grads[0], gradient, 1e-4)]
+        SEEN[name] = grads[0]
+    for n in (60, 1) if name in tgpo.GUIDANCE else ():  # micro-batches change nothing
+        assert same(updated(guidance, microbatch_tokens=n, teacher_microbatch_tokens=n)[0][0], grads[0])
 
 
 def test_rows_without_reward_signal_are_taught_until_the_coefficient_is_0(monkeypatch):
-    scored = []
-    true_hidden = tgpo.completion_hidden
-    monkeypatch.setattr(tgpo, "completion_hidden", lambda model, prompts, *rest: scored.append(len(prompts)) or true_hidden(model, prompts, *rest))
-    tgpo_grad("tgpo")
-    assert sum(scored) == 12 + 12  # the teacher's pass and the student's
-    scored.clear()
-    tgpo_grad("tgpo", coef=0.0)
-    assert sum(scored) == 6 + 6
-    assert torch.equal(tgpo_grad("tgpo", coef=0.0, completions=batch(12)[0])[0][0], grpo_grad()[0][0])
-
-
-@pytest.mark.parametrize("guidance", ["tgpo-adv", "rkl", "tgpo"])
-def test_later_updates_remember_the_sampling_policy(guidance, monkeypatch):
-    """Advantages of the second update are made of pi_old, not of the policy that the first one has moved."""
-    used = []
-    true_loss = tgpo.policy_loss
-    monkeypatch.setattr(tgpo, "policy_loss", lambda new, old, A, mask, *clip: used.append((old, A, mask, new)) or true_loss(new, old, A, mask, *clip))
-    results = []
-    for lr in (0.0, 0.5):
-        used.clear()
-        args = tgpo.Args(guidance=guidance, prompts_per_step=B, group_size=G1, max_new_tokens=6, teacher="t", updates_per_rollout=2)
-        tgpo.check_args(args)
-        model = small_model()
-        advantages = tgpo.group_advantages(REWARDS[:12].view(B, G1)).flatten()
-        metrics = tgpo.update(model, torch.optim.SGD(model.parameters(), lr=lr), rollout_of(12), advantages, teacher_of(small_model("llama", 288, seed=5)),
-                              0.3, args, NoWatch())
-        results.append((*used, metrics))
-    (_, still, a), (_, moved, b) = results
-    assert torch.equal(still[0], moved[0]) and torch.equal(still[1], moved[1]) and (still[3] - moved[3]).abs().max() > 1e-2
-    assert still[1].shape == ((6, 6) if guidance != "tgpo" else (6,))
-    assert a["tgpo/reverse_kl_k1"] == pytest.approx(b["tgpo/reverse_kl_k1"], abs=1e-5)
+    score, hidden, rows = tgpo.score_rows, tgpo.Teacher.hidden, Counter()
+    monkeypatch.setattr(tgpo, "score_rows", lambda *a: rows.update(student=len(a[2])) or score(*a))
+    monkeypatch.setattr(tgpo.Teacher, "hidden", lambda *a: rows.update(teacher=len(a[2])) or hidden(*a))
+    updated()
+    assert rows == {"teacher": 12, "student": 12}
+    updated(coef=0.0)
+    assert rows == {"teacher": 12 + 6, "student": 12 + 6}
+    grads, metrics = updated(coef=0.0, rewards=torch.ones(B, G))
+    assert grads == [] and metrics["updates"] == metrics["loss"] == 0
 
 
 # ---- metrics
 
+def by_hand(model, teacher, prompt, ids, ends=SAME_END):
+    """Of a row's shared tokens -log pi_T(a), k1 and its sign; of all of them mismatch, reverse KL, label."""
+    with torch.no_grad():
+        s, t = logits_of(model, prompt, ids), logits_of(teacher, prompt, ids, ends=ends)
+    best, a = t.argmax(1), torch.tensor(ids)
+    s, t, k = s[:, :SHARED].log_softmax(1), t[:, :SHARED].log_softmax(1), (a < SHARED).nonzero()[:, 0]
+    k1 = (s - t)[k, a[k]]
+    return -t[k, a[k]], k1, (k1 > 0).double(), (best != a).double(), (s.exp() * (s - t)).sum(1), best
+
+
 def test_metrics_by_hand():
-    model, teacher = small_model(), small_model("llama", 288, seed=5)
-    _, m = tgpo_grad("tgpo", budget=40, model=model, teacher=teacher)
-    completions = written()
-    s, t, miss, dropped = [], [], [], 0
-    for i in range(12):
-        prompt, ids = PLAIN[PROBLEM[i]], completions[i, :LENGTHS[i]].tolist()
-        s.extend(at(reference_teacher(model, prompt, ids)[0], ids))
-        logps, best = reference_teacher(teacher, prompt, ids)
-        t.extend(at(logps, ids))
-        miss.extend(best != np.array(ids))
-        dropped += (best >= SHARED).sum()
-    s, t = np.array(s), np.array(t)
-    assert m["tgpo/coef"] == 0.3 and m["tgpo/dropped_labels"] == dropped
-    assert m["tgpo/teacher_nll"] == pytest.approx(-t.mean(), abs=1e-5)
-    assert m["tgpo/reverse_kl_k1"] == pytest.approx((s - t).mean(), abs=1e-5)
-    assert 0.5 < m["tgpo/mismatch"] < 1 and m["tgpo/mismatch"] == pytest.approx(np.mean(miss)) and m["tgpo/student_more_confident"] == pytest.approx((s > t).mean())
+    rows = [by_hand(*models(), *row(i)) for i in range(12)]
+    nll, k1, confident, missed, _, best = map(torch.cat, zip(*rows))
+    assert len(k1) == len(best) - 1 and 0.5 < missed.mean() < 1  # one token is the student's alone
+    wanted = dict(teacher_nll=nll.mean(), reverse_kl_k1=k1.mean(), student_more_confident=confident.mean(),
+                  mismatch=missed.mean(), dropped_labels=(best >= SHARED).sum(), coef=0.3)
+    found = {k[5:]: v for k, v in updated(microbatch_tokens=40)[1].items() if k.startswith("tgpo/")}
+    assert found == pytest.approx({k: float(v) for k, v in wanted.items()}, abs=1e-5)
 
 
-def sampled_rollout(model, n=12, tokens=20):
-    """Real samples of the model at temperature 1."""
-    torch.manual_seed(3)
-    prompts = [PLAIN[q] for q in PROBLEM[:n]]
-    completions = common.generate(model, prompts, [257], 257, tokens, 1.0, 1.0)
-    mask, truncated = common.completion_mask(completions, [257])
-    return tgpo.Rollout(prompts, completions, mask, truncated, [""] * n)
-
-
-def test_a_teacher_equal_to_the_student():
-    model = small_model()
-    ro = sampled_rollout(model)
-    for guidance, flags in (("tgpo", {}), ("rkl", {}), ("kdrl", {}), ("reverse-kl", {}), ("reverse-kl", dict(topk=3))):
-        args = tgpo.Args(guidance=guidance, prompts_per_step=B, group_size=G1, max_new_tokens=20, teacher="t", reward_weight=0.0, max_grad_norm=1e9, **flags)
-        tgpo.check_args(args)
-        optimizer = Recorder(model.parameters())
-        m = tgpo.update(model, optimizer, ro, torch.zeros(12), teacher_of(small_model(), shared=272), 1.0, args, NoWatch())
-        assert abs(m["tgpo/reverse_kl_k1"]) < 1e-6 and m["tgpo/mismatch"] > 0 and m["tgpo/dropped_labels"] == 0
-        if guidance == "tgpo":
-            assert optimizer.grads[0].norm() > 0.01  # it sharpens all the same
-        else:
-            assert abs(m["loss"]) < 1e-6 and optimizer.grads[0].norm() < 1e-4
-
-
-def test_exact_divergences_against_numpy():
-    d = tgpo.divergences(torch.tensor(STUDENT), torch.tensor(TEACHER), torch.tensor(IDS)).numpy()
-    s, t = log_softmax(STUDENT), log_softmax(TEACHER)
-    np.testing.assert_allclose(d[:, 0], at(s, IDS), atol=1e-12)
-    np.testing.assert_allclose(d[:, 1], at(t, IDS), atol=1e-12)
-    assert d[:, 2].tolist() == (TEACHER.argmax(1) != IDS).tolist()
-    for column, k in ((3, 1), (4, 5), (5, 7)):  # of seven tokens the top 10 are all
-        overlap = [len(set(np.argsort(-a)[:k]) & set(np.argsort(-b)[:k])) / k for a, b in zip(STUDENT, TEACHER)]
-        np.testing.assert_allclose(d[:, column], overlap, atol=1e-6)
-    np.testing.assert_allclose(d[:, 6], (np.exp(t) * (t - s)).sum(1), atol=1e-12)
-    np.testing.assert_allclose(d[:, 7], (np.exp(s) * (s - t)).sum(1), atol=1e-12)
-
-
-def test_intervals_cover_problems_not_tokens():
-    parts = [np.full((100, 1), 1.0), np.full((100, 1), 3.0)] * 8  # tokens of a problem hang together wholly
-    found = tgpo.with_intervals(lambda x: {"mean": x.mean()}, parts, seed=0)["mean"]
-    error = 1.96 / math.sqrt(16)
-    assert found["value"] == 2 and found["low"] == pytest.approx(2 - error, abs=0.12) and found["high"] == pytest.approx(2 + error, abs=0.12)
+@pytest.mark.parametrize("guidance, topk", [*[(g, None) for g in ("tgpo", "rkl", "kdrl", "reverse-kl")],
+                                            ("reverse-kl", 3)])
+def test_a_teacher_equal_to_the_student(guidance, topk):
+    """It has nothing more to teach; but its labels sharpen all the same."""
+    flags = dict(reward_weight=0.0, topk=topk)
+    grads, m = updated(guidance, 1.0, teacher=teacher_of(models()[0], args_of(guidance, **flags)), **flags)
+    assert abs(m["tgpo/reverse_kl_k1"]) < 1e-6 and m["tgpo/mismatch"] > 0
+    assert (grads[0].norm() < 1e-4) == (abs(m["loss"]) < 1e-6) == (guidance != "tgpo")
 
 
 # ---- whole runs
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A student (width 272, ends with <|im_end|>) and a teacher (width 288, one more token, ends with <|endoftext|>)."""
-    student, teacher = tmp_path_factory.mktemp("student"), tmp_path_factory.mktemp("teacher")
-    small_model().save_pretrained(student)
-    small_tokenizer().save_pretrained(student)
-    own = small_tokenizer()
+def pair(tmp_path_factory, model_dirs):
+    """A student, 272 wide, ends with <|im_end|>; a teacher, 288, with <|endoftext|>, and has a token more."""
+    folder, own = tmp_path_factory.mktemp("teacher"), small_tokenizer()
+    small_model("llama", 288, seed=5, eos_token_id=258, max_position_embeddings=200).save_pretrained(folder)
     own.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|endoftext|>", "</think>"]})
     own.eos_token = "<|endoftext|>"
-    small_model("llama", 288, seed=5, tie_word_embeddings=False, eos_token_id=258, max_position_embeddings=200).save_pretrained(teacher)
-    own.save_pretrained(teacher)
-    assert len(own) == len(small_tokenizer()) + 1
-    return student, teacher
+    own.save_pretrained(folder)
+    return model_dirs["qwen2"], folder
 
 
-def flags(pair, rows_file, *more):
-    return ["--model", pair[0], "--teacher", pair[1], "--dataset", rows_file, "--reward", f"{rows_file.parent}/reward.py:even", *FAST, *more]
+@pytest.fixture
+def run(pair, rows_file, tmp_path, run_script):
+    """Run a script on the pair -> exit code; it writes to tmp_path / out."""
+    def started(*more, out="run", script="tgpo", model=pair[0], teacher=pair[1]):
+        own = ["--teacher", teacher] if teacher else []
+        return run_script(script, "--model", model, *own, "--dataset", rows_file, "--out", tmp_path / out,
+                          "--reward", f"{rows_file.parent}/reward.py:even", "--steps", 2, "--lr", 1e-3,
+                          "--prompts_per_step", 3, "--group_size", 3, "--max_new_tokens", 8, *more)
+    return started
+
+
+def equal_models(*folders):
+    first, *others = (load_file(folder / "model.safetensors") for folder in folders)
+    return all(torch.equal(first[k], other[k]) for other in others for k in first)
 
 
 @pytest.mark.parametrize("guidance", TRAINED)
-def test_other_widths_and_end_tokens_train(guidance, pair, rows_file, tmp_path, run_script):
-    more = ["--teacher_offload"] if guidance == "tgpo" else ["--updates_per_rollout", 3] if guidance == "tgpo-adv" else []
-    assert run_script("tgpo", *flags(pair, rows_file, "--guidance", guidance, "--steps", 2, "--out", tmp_path / "run", *more)) == 0
-    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    wanted = {"tgpo/coef", "tgpo/teacher_nll", "tgpo/reverse_kl_k1", "tgpo/mismatch", "tgpo/dropped_labels", "tgpo/student_more_confident"}
-    assert all(wanted <= set(m) and all(map(math.isfinite, (m[k] for k in m))) for m in metrics)
-    start, fall, _ = tgpo.GUIDANCE[guidance]
+def test_other_widths_and_end_tokens_train(guidance, pair, tmp_path, run):
+    more = {"tgpo": ["--teacher_offload"], "tgpo-adv": ["--updates_per_rollout", 3]}
+    assert run("--guidance", guidance, *more.get(guidance, [])) == 0
+    metrics, (start, fall, _) = read_jsonl(tmp_path / "run" / "metrics.jsonl"), tgpo.GUIDANCE[guidance]
+    assert all(np.isfinite(value) for m in metrics for value in m.values())
     assert [m["tgpo/coef"] for m in metrics] == pytest.approx([start, start - fall])
-    before, after = (load_file(d / "model.safetensors") for d in (pair[0], tmp_path / "run" / "model"))
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+    assert not equal_models(pair[0], tmp_path / "run" / "model")
 
 
-def test_the_ends_of_a_real_pair_are_mapped(pair, monkeypatch):
-    student, theirs = common.load_tokenizer(str(pair[0])), common.load_tokenizer(str(pair[1]), "--teacher")
-    shared = common.shared_vocabulary(student, theirs, "t")
-    assert shared == len(student) == 260
-    teacher = tgpo.load_teacher(tgpo.Args(teacher=str(pair[1])), student, theirs, shared, [257])
-    assert (teacher.end, teacher.own_end, teacher.own_ends) == (257, 258, [258])
+@pytest.mark.parametrize("ends, own_end, others", [([257], 258, [258]), ([257, 258], 257, [])])
+def test_the_ends_of_a_real_pair(ends, own_end, others, pair):
+    """Where the student stops at the teacher's end, too, that stays what it is."""
+    tokenizers = (common.load_tokenizer(str(folder)) for folder in pair)
+    teacher = tgpo.Teacher(args_of(teacher=str(pair[1])), *tokenizers, ends)
+    assert (teacher.shared, teacher.end, teacher.own_end, teacher.other_ends) == (260, 257, own_end, others)
     assert not any(p.requires_grad for p in teacher.model.parameters())
-    both = tgpo.load_teacher(tgpo.Args(teacher=str(pair[1])), student, theirs, shared, [257, 258])
-    assert (both.end, both.own_end, both.own_ends) == (257, 257, [])  # the student stops at the teacher's end: it stays as it is
 
 
-def test_none_is_grpo_to_the_bit(pair, rows_file, tmp_path, run_script):
-    runs = {"grpo_baseline": ["--model", pair[0], *flags(pair, rows_file)[4:]], "none": flags(pair, rows_file, "--guidance", "none"),
-            "alone": ["--model", pair[0], *flags(pair, rows_file)[4:], "--guidance", "none"]}
-    same = ["--steps", 3, "--top_p", 0.9, "--clip_high", 0.3, "--loss_type", "grpo"]
-    for name, argv in runs.items():
-        assert run_script(name if name == "grpo_baseline" else "tgpo", *argv, *same, "--out", tmp_path / name) == 0
-    base, *others = (load_file(tmp_path / name / "model" / "model.safetensors") for name in runs)
-    assert all(torch.equal(base[k], other[k]) for other in others for k in base)
-    metrics = [stripped(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in runs]
-    assert metrics[0] == metrics[2] == [{k: v for k, v in m.items() if not k.startswith("tgpo/")} for m in metrics[1]]
-    assert "tgpo/reverse_kl_k1" in metrics[1][0] and metrics[1][0]["tgpo/coef"] == 0
+def test_none_is_grpo_to_the_bit(tmp_path, run):
+    flags = ["--top_p", 0.9, "--clip_high", 0.3, "--loss_type", "grpo", "--warmup_frac", 0]
+    assert run(*flags, script="grpo_baseline", teacher=None, out="grpo") == 0
+    assert run(*flags, "--guidance", "none", teacher=None, out="alone") == 0
+    assert run(*flags, "--guidance", "none", out="none") == 0
+    outs = [tmp_path / out for out in ("grpo", "alone", "none")]
+    grpo, alone, none = (stripped(read_jsonl(out / "metrics.jsonl")) for out in outs)
+    assert equal_models(*(out / "model" for out in outs)) and none[0]["tgpo/coef"] == 0
+    assert grpo == alone == [{k: v for k, v in m.items() if not k.startswith("tgpo/")} for m in none]
 
 
-def test_resume_equals_one_long_run(pair, rows_file, tmp_path, run_script):
-    argv = flags(pair, rows_file, "--guidance", "tgpo-sampled", "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 1)
-    for steps, more in ((1, []), (3, ["--resume"])):
-        assert run_script("tgpo", *argv, "--steps", steps, "--out", tmp_path / "two", *more) == 0
-    assert run_script("tgpo", *argv, "--steps", 3, "--out", tmp_path / "whole") == 0
-    a, b = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("two", "whole"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    rows = [stripped(read_jsonl(tmp_path / run / "metrics.jsonl")) for run in ("two", "whole")]
-    assert rows[0] == rows[1] and {"eval/accuracy", "eval/reverse_kl_k1", "eval/mismatch"} <= set(rows[0][0])
+def test_resume_equals_one_long_run(rows_file, tmp_path, run):
+    flags = ["--guidance", "tgpo-sampled", "--eval_dataset", rows_file, "--eval_every", 1]
+    assert run(*flags, "--steps", 1, out="two") == run(*flags, "--resume", out="two") == 0
+    assert run(*flags, out="whole") == 0 and equal_models(tmp_path / "two/model", tmp_path / "whole/model")
+    two, whole = (stripped(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("two", "whole"))
+    assert two == whole and len(whole) == 3 and all("eval/accuracy" in m for m in whole)
 
 
-def test_measure_divergence_by_hand(pair, rows_file, tmp_path, run_script, monkeypatch):
-    rollouts = []
-    true_rollout = tgpo.rollout
-    monkeypatch.setattr(tgpo, "rollout", lambda *a: rollouts.append(true_rollout(*a)) or rollouts[-1])
-    argv = flags(pair, rows_file, "--measure_divergence", 7, "--eval_batch_size", 4, "--microbatch_tokens", 150)
-    assert run_script("tgpo", *argv, "--out", tmp_path / "run") == 0
-    report = json.loads((tmp_path / "run" / "divergence.json").read_text())
-    student, teacher = (common.load_model(str(d)) for d in pair)
-    s, t, columns, lengths, truncated = [], [], [], [], []
-    for prompt, ids, mask, cut in [x for ro in rollouts for x in zip(ro.prompts, ro.completions, ro.mask, ro.truncated)]:
-        ids = ids[mask].tolist()
-        lengths.append(len(ids))
-        truncated.append(bool(cut))
-        keep = np.array(ids) < 260
-        (a, _), (b, _) = reference_teacher(student, prompt, ids), reference_teacher(teacher, prompt, ids, ends=(257, 258))
-        for p, q, token in zip(a[keep], b[keep], np.array(ids)[keep]):
-            s.append(p[token])
-            t.append(q[token])
-            top = [len(set(np.argsort(-p)[:k]) & set(np.argsort(-q)[:k])) / k for k in (1, 5, 10)]
-            columns.append([q.argmax() != token, *top, sum(np.exp(q) * (q - p)), sum(np.exp(p) * (p - q))])
-    s, t, columns = np.array(s), np.array(t), np.array(columns, dtype=float).mean(0)
-    by_hand = {"teacher_perplexity": np.exp(-t.mean()), "teacher_nll": -t.mean(), "reverse_kl_k1": (s - t).mean(), "student_more_confident": (s > t).mean(),
-               **dict(zip(("mismatch", "top1_overlap", "top5_overlap", "top10_overlap", "forward_kl", "reverse_kl"), columns)),
-               "log_ratio_q50": np.median(s - t), "log_ratio_q05": np.quantile(s - t, 0.05), "mean_length": np.mean(lengths), "length_q50": np.median(lengths),
-               "truncated": np.mean(truncated), "stopped": 1 - np.mean(truncated)}
-    measures = report["measures"]
-    for name, value in by_hand.items():
-        assert measures[name]["value"] == pytest.approx(value, rel=1e-4, abs=1e-4), name
-    assert all(m["low"] <= m["high"] and set(m) == {"value", "low", "high"} for m in measures.values())
-    assert measures["reverse_kl"]["low"] < measures["reverse_kl"]["value"] < measures["reverse_kl"]["high"]
-    assert report["rollouts"] == 7 and report["problems"] == 3 and report["tokens"] == len(s) and report["shared_vocabulary"] == 260
-    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()  # nothing was trained
+def test_measured_divergence_by_hand(pair, tmp_path, run, monkeypatch):
+    """One rollout ends early, one has a token that the teacher would write."""
+    models, ends = [common.load_model(str(folder)).cpu() for folder in pair], (257, 258)
+    sampled, ros = tgpo.rollout, []
+
+    def rollout(*a):
+        ros.append(ro := sampled(*a))
+        ro.completions[0, 3], ro.mask[0, 4:], ro.truncated[0] = 257, False, False
+        ro.completions[1, 0] = by_hand(*models, ro.prompts[1], [0], ends)[-1].item()
+        return ro
+
+    monkeypatch.setattr(tgpo, "rollout", rollout)
+    flags = ["--measure_divergence", 11, "--microbatch_tokens", 150, "--guidance", "reverse-kl", "--topk", 3]
+    assert run(*flags, out="one") == run(*flags, out="again") == 0
+    assert torch.equal(ros[0].completions, ros[1].completions)  # --seed decides
+    ro, found = ros[0], []
+    for prompt, ids, mask, truncated in zip(ro.prompts, ro.completions, ro.mask, ro.truncated):
+        *row, _ = by_hand(*models, prompt, ids[mask].tolist(), ends)
+        found.append([*[x.mean() for x in row], mask.sum(), truncated])
+    report = json.loads((tmp_path / "one" / "divergence.json").read_text())
+    names = "teacher_nll reverse_kl_k1 student_more_confident mismatch reverse_kl length truncated".split()
+    for name, values in zip(names, torch.tensor(found).T, strict=True):
+        wanted = {"mean": values.mean().item(), "standard_error": values.std().item() / 11 ** 0.5}
+        assert report[name] == pytest.approx(wanted, abs=1e-4) and wanted["standard_error"] > 0, name
+    assert len(found) == 11 and not (tmp_path / "one" / "model").exists()  # nothing was trained
 
 
 # ---- refusals
 
-@pytest.mark.parametrize("more, said", [
-    (["--guidance", "magic"], "--guidance magic: choose tgpo, tgpo-sampled"), (["--guidance", "tgpo-topk", "--topk", 0], "--topk is 0; it must be at least 1"),
-    (["--topk", 261], "--topk 261: student and teacher share 260"), (["--coefficient", -1], "--coefficient is -1"), (["--coefficient", "nan"], "--coefficient is nan"),
-    (["--coefficient_fall", -1], "--coefficient_fall"), (["--reward_weight", "x"], "--reward_weight"), (["--entropy_bonus", -1], "--entropy_bonus"),
-    (["--teacher", "./missing"], "--teacher ./missing: no such directory"), (["--measure_divergence", -1], "--measure_divergence"),
-    (["--max_new_tokens", 190], "exceeds the teacher's context of 200"), (["--teacher_device", "moon"], "--teacher_device moon"),
-])
-def test_bad_flags(more, said, pair, rows_file, tmp_path, run_script, capsys):
-    assert said in refused(run_script, capsys, "tgpo", *flags(pair, rows_file, "--out", tmp_path / "run"), *more)
-    assert not (tmp_path / "run").exists()
+@pytest.fixture
+def refused(tmp_path, run, capsys):
+    def said(*more, **where):
+        assert run(*more, **where) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert not (tmp_path / "run").exists()
+        return error
+    return said
 
 
-def test_no_teacher_for_a_real_model(pair, rows_file, tmp_path, run_script, capsys):
-    argv = ["--model", pair[0], *flags(pair, rows_file)[4:], "--out", tmp_path / "run"]
-    assert "--teacher is missing" in refused(run_script, capsys, "tgpo", *argv)
-    assert "--teacher is missing" in refused(run_script, capsys, "tgpo", *argv, "--guidance", "none", "--measure_divergence", 4)
+@pytest.mark.parametrize("said, flags", [
+    ("--guidance: invalid choice: 'magic'", "--guidance magic"), ("--topk is 0; it must be", "--topk 0"),
+    ("--topk 261: student and teacher share 260 tokens", "--topk 261"), ("'x'", "--reward_weight x"),
+    ("--coefficient is -1", "--coefficient -1"), ("--coefficient is nan", "--coefficient nan"),
+    ("--coefficient_fall is -1", "--coefficient_fall -1"), ("--entropy_bonus is -1", "--entropy_bonus -1"),
+    ("--measure_divergence is -1", "--measure_divergence -1"), ("200", "--max_new_tokens 180"),
+    ("--updates_per_rollout 4", "--updates_per_rollout 4"), ("moon", "--teacher_device moon"),
+    ("--teacher ./missing: no such directory", "--teacher ./missing")])
+def test_bad_flags(said, flags, refused):
+    assert said in refused(*flags.split())
 
 
-def test_a_wrong_pair_is_refused_before_any_weight_is_loaded(pair, model_dirs, rows_file, tmp_path, run_script, capsys, monkeypatch):
-    def no_weights(*args, **kwargs):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(common.AutoModelForCausalLM, "from_pretrained", no_weights)
-    other = small_tokenizer()
-    state = json.loads(other.backend_tokenizer.to_str())
-    vocab = state["model"]["vocab"]
-    a, b = (next(t for t, i in vocab.items() if i == n) for n in (70, 90))
-    vocab[a], vocab[b] = 90, 70
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<pad>").save_pretrained(tmp_path / "other")
-    said = refused(run_script, capsys, "tgpo", *flags(pair, rows_file, "--out", tmp_path / "run"), "--teacher", tmp_path / "other")
-    assert f"token 70 is {a!r} to the student and {b!r} to the teacher" in said
-    # the other way round the student has a token that the teacher lacks, and its prompts use none of it: nothing to refuse but the weights
-    with pytest.raises(SystemExit):
-        common.shared_vocabulary(small_tokenizer(), common.load_tokenizer(str(tmp_path / "other")), "t")
-    assert common.shared_vocabulary(common.load_tokenizer(str(pair[1])), small_tokenizer(), "t") == 260
-
-
-def test_a_prompt_that_the_teacher_cannot_read(pair, rows_file, tmp_path, run_script, capsys):
-    tokenizer = common.load_tokenizer(str(pair[1]))
-    tokenizer.chat_template = "</think>" + tokenizer.chat_template
-    small_model("qwen2", 288).save_pretrained(tmp_path / "student")
-    tokenizer.save_pretrained(tmp_path / "student")
-    said = refused(run_script, capsys, "tgpo", *flags((tmp_path / "student", pair[0]), rows_file, "--out", tmp_path / "run"))
-    assert "cannot read the prompts: it has no token 260, '</think>' to the student" in said
+def test_a_wrong_pair_is_refused_before_any_weight_is_loaded(pair, tmp_path, refused, monkeypatch):
+    other, mine, theirs = tmp_path / "other", *(common.load_tokenizer(str(folder)) for folder in pair)
+    small_model(vocab=288).save_pretrained(other)
+    monkeypatch.setattr(common.AutoModelForCausalLM, "from_pretrained", None)
+    assert "--teacher is missing" in refused(teacher=None)
+    assert "--teacher is missing" in refused("--guidance", "none", "--measure_divergence", 4, teacher=None)
+    tgpo.check_vocabulary(theirs, mine, "t")  # the student may have more tokens
+    theirs.chat_template = "</think>" + theirs.chat_template
+    theirs.save_pretrained(other)  # but not in a prompt
+    said = "cannot read the prompts: it has no token 260, '</think>' to the student"
+    assert said in refused(model=other, teacher=pair[0])
+    state, names = json.loads((other / "tokenizer.json").read_text()), mine.convert_ids_to_tokens(range(99))
+    state["model"]["vocab"] |= {names[70]: 90, names[90]: 70}
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    said = f"token 70 is {names[70]!r} to the student and {names[90]!r} to the teacher"
+    assert said in refused(teacher=other)
 
 
 # ---- the demo
 
-def test_the_demo_teacher_writes_in_another_style_and_its_box_is_read():
-    text, value = common.demo_solution("010101", 30, common.DEMO_TEACHERS["demo"])
-    plain, same = common.demo_solution("010101", 30)
-    assert value == same and text == plain.replace("=", ">").replace(";", ".") and common.grade(text, str(value)) == 1.0
-    assert common.demo_solution("010101", 30, common.DEMO_TEACHERS["demo-same-style"])[0] == plain
-
-
 def test_the_demo_teacher_is_taught_right_continuations_of_any_prefix(monkeypatch, tmp_path):
-    """Loss on the rest alone; the choices before the cut are the student's, those after it right, the rest in the teacher's signs."""
-    caught = []
-    monkeypatch.setattr(common, "warm_start", lambda folder, tokenizer, batch, *rest: caught.extend((tokenizer, [*batch(), *batch()])))
+    """Before the cut the student's choices; after it, where the loss is, right ones in its own signs."""
+    (plain, value), styled = common.demo_solution("010101", 30), common.demo_solution("010101", 30, ">.")
+    assert styled == (plain.replace("=", ">").replace(";", "."), value)
+    assert common.grade(styled[0], str(value)) == 1.0  # the box is read
+    assert common.DEMO_TEACHERS == {"demo": ">.", "demo-same-style": "=;"}
+    caught, cuts = [], []
+    monkeypatch.setattr(common, "warm_start", lambda *recipe: caught.extend(recipe[1:3]))
     monkeypatch.setattr(common, "demo_dir", lambda: tmp_path)
     common.build_demo_teacher(tmp_path, ">.")
-    tokenizer, examples = caught
-    ops = {tokenizer(op).input_ids[0]: op for pair in common.DEMO_CHOICES for op in pair}
-    wrong = mixed = slips = 0
-    for prompt, completion, start in examples:
-        kind = tokenizer.decode(prompt).removeprefix("<user>").split()[0]
-        right = [pair[int(c)] for pair, c in zip(common.DEMO_CHOICES, common.DEMO_KINDS[kind])]
-        taught, written = [ops[i] for i in completion[start:] if i in ops], [ops[i] for i in completion[:start] if i in ops]
-        assert taught == right[len(right) - len(taught):]
-        text, before = tokenizer.decode(completion[start:]), tokenizer.decode(completion[:start])
-        assert "=" not in text and ";" not in text and completion[-1] == tokenizer.eos_token_id
-        wrong += written != right[:len(written)]
-        mixed += ">" in before and "=" in before
-        slips += len(written) + len(taught) != 6
-    assert wrong > 20 and mixed > 5 and slips > 0 and sum(start > 0 for _, _, start in examples) > 60
+    tokenizer, example = caught
+    ops = {tokenizer(op).input_ids[0]: op for choice in common.DEMO_CHOICES for op in choice}
+    for prompt, completion, cut in map(example, range(128)):
+        before, after = tokenizer.decode(completion[:cut]), tokenizer.decode(completion[cut:])
+        kind = common.DEMO_KINDS[tokenizer.decode(prompt).removeprefix("<user>").split()[0]]
+        right = [choice[int(c)] for choice, c in zip(common.DEMO_CHOICES, kind)]
+        own, taught = ([ops[i] for i in part if i in ops] for part in (completion[:cut], completion[cut:]))
+        assert taught == right[6 - len(taught):] and completion[-1] == tokenizer.eos_token_id
+        assert "=" not in after and ";" not in after
+        mixed = ">" in before and "=" in before
+        cuts.append([own != right[:len(own)], mixed, len(own + taught) != 6, cut > 0])
+    assert all(np.sum(cuts, 0) > [20, 5, 0, 60])  # prefixes with wrong choices, both styles, slips; any
 
 
 def test_the_demos_recipe_is_for_its_own_model(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tgpo.py"])
-    args = common.parse_args(tgpo.Args, common.demo_recipe)
-    tgpo.check_args(args)
-    assert args.teacher == "demo" and args.steps == common.DEMO_TGPO["steps"] and args.lr == common.DEMO_TGPO["lr"]
-    assert args.coefficient == common.DEMO_GUIDANCE["tgpo"]["coefficient"] and args.coefficient_fall == common.DEMO_GUIDANCE["tgpo"]["coefficient_fall"]
-    monkeypatch.setattr(sys, "argv", ["tgpo.py", "--guidance", "kdrl"])
-    args = common.parse_args(tgpo.Args, common.demo_recipe)
-    tgpo.check_args(args)
-    assert (args.coefficient, args.coefficient_fall, args.reward_weight) == (0.002, 0.0, 1.0)
-    monkeypatch.setattr(sys, "argv", ["tgpo.py", "--model", "S", "--teacher", "T"])
-    args = common.parse_args(tgpo.Args, common.demo_recipe)
-    tgpo.check_args(args)
-    assert (args.coefficient, args.coefficient_fall, args.steps, args.group_size, args.loss_type, args.top_p, args.clip_high) == (0.002, 1e-5, 300, 8, "dapo", 1.0, 0.2)
+    def parsed(*argv):
+        monkeypatch.setattr(sys, "argv", ["tgpo.py", *argv])
+        args = common.parse_args(tgpo.Args)
+        tgpo.check_args(args)
+        return vars(args).items()
+
+    best = common.DEMO_TGPO | common.DEMO_GUIDANCE["tgpo"] | {"teacher": "demo"}
+    paper = dict(coefficient=0.002, coefficient_fall=1e-5, reward_weight=1.0, steps=300, group_size=8,
+                 lr=1e-6, weight_decay=0.01, max_grad_norm=1.0, loss_type="dapo", top_p=1.0, temperature=1.0,
+                 clip_low=0.2, clip_high=0.2, entropy_bonus=0.0, warmup_frac=0.0)
+    assert parsed() >= best.items() and parsed("--model", "S", "--teacher", "T") >= paper.items()
+    kdrl = dict(coefficient=0.002, coefficient_fall=0.0, reward_weight=1.0)
+    assert parsed("--guidance", "kdrl") >= kdrl.items() and ("topk", 20) in parsed("--guidance", "tgpo-topk")
 
 
-def test_the_demo_runs_and_ends_with_its_table(monkeypatch, tmp_path, rows_file, run_script, capsys):
-    """Built with two warm-up steps each: the code path, not the figures."""
+def test_the_demo_runs_and_ends_with_its_table(monkeypatch, tmp_path, run_script, capsys):
+    """Models of two warm-up steps: the way, not the figures."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(common, "DEMO_WARMUP_STEPS", 4)
-    monkeypatch.setattr(common, "DEMO_TEACHER_STEPS", 4)
-    held_out = write_rows(tmp_path / "held.jsonl", [{k: v for k, v in row.items() if k != "strategy"} for row in common.demo_rows()[1][:4]])
-    for more in ([], ["--teacher", "demo-same-style"]):
-        assert run_script("tgpo", "--steps", 1, "--prompts_per_step", 2, "--max_new_tokens", 8, "--eval_dataset", held_out, "--out", tmp_path / f"run{len(more)}", *more) == 0
-        out = capsys.readouterr().out
-        lines = out[out.index("held-out accuracy"):].splitlines()
-        assert lines[0].split()[-2:] == ["before", "after"] and lines[1].split()[0] == "alone"
-        assert {"reverse KL, k1", "mismatch"} <= {line.strip().rsplit("  ", 2)[0].strip() for line in lines}
-    names = sorted(p.name.rsplit("-", 1)[0] for p in (tmp_path / "cache" / "sgpo-tgpo").iterdir())
-    assert names == ["demo", "demo-same-style-teacher", "demo-teacher"]
+    monkeypatch.setattr(common, "DEMO_STEPS", 2)
+    monkeypatch.setattr(common, "DEMO_TEACHER_STEPS", 2)
+    held_out = write_rows(tmp_path / "held.jsonl", common.demo_rows()[1][:4])
+    flags = ["--steps", 1, "--prompts_per_step", 2, "--max_new_tokens", 8, "--out", tmp_path / "run"]
+    for more in (["--teacher", "demo-same-style", "--dry_run"], []):
+        assert run_script("tgpo", *flags, "--eval_dataset", held_out, *more) == 0
+    table = capsys.readouterr().out.split("held-out ")[-1].splitlines()
+    assert table[0].split() == ["before", "after"] and table[1].split()[0] == "accuracy"
+    built = {folder.name.rsplit("-", 1)[0] for folder in (tmp_path / "cache" / "sgpo-tgpo").iterdir()}
+    assert built == {"demo", "demo-same-style-teacher", "demo-teacher"}

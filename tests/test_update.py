@@ -1,5 +1,5 @@
-"""The update as a whole: its gradient equals the paper's loss written out on full logits, however it is cut up and whatever is skipped."""
-import copy
+"""An update as a whole: its gradient is the paper's, however it is cut up and whatever is skipped."""
+import math
 
 import pytest
 import torch
@@ -12,316 +12,248 @@ from conftest import small_model
 
 B, G1, G2 = 4, 3, 2
 PLAIN = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [2, 2, 9, 1]]  # prompts of the four problems
-GUIDED = [[70, 71, 72, *p] for p in PLAIN]
-LENGTHS = [3, 5, 1, 4, 4, 2, 6, 6, 6, 2, 3, 4] + [4, 2, 3, 5, 1, 6, 3, 4]  # 12 autonomous rows, 8 guided
+GUIDED = [[70, 71, 72, *prompt] for prompt in PLAIN]
+PROBLEM = [q for G in (G1, G2) for q in range(B) for _ in range(G)]  # of 12 autonomous and 8 guided rows
+LENGTHS = [3, 5, 1, 4, 4, 2, 6, 6, 6, 2, 3, 4] + [4, 2, 3, 5, 1, 6, 3, 4]
 REWARDS = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1] + [1, 1, 1, 0, 1, 1, 0, 0.0])
-PROBLEM = [q for q in range(B) for _ in range(G1)] + [q for q in range(B) for _ in range(G2)]
+COMPLETIONS = torch.randint(10, 250, (20, 6), generator=torch.Generator().manual_seed(0))
+BOTH = pytest.mark.parametrize("script", [grpo_baseline, sgpo])
 
 
-class NoWatch:
-    stopped = False
-
-    def agreed(self):
-        return self.stopped
-
-
-class Recorder(torch.optim.SGD):
-    """Keeps the gradients of every step and changes no weight."""
-
-    def __init__(self, params):
-        super().__init__(params, lr=0.0)
-        self.grads = []
-
-    def step(self, closure=None):
-        self.grads.append(torch.cat([p.grad.flatten().clone() for g in self.param_groups for p in g["params"]]))
+def rollout(script, rows, width: int):
+    ids = torch.nn.functional.pad(COMPLETIONS[rows], (0, width - 6), value=257)
+    mask = torch.arange(width) < torch.tensor(LENGTHS)[rows][:, None]
+    return script.Rollout([PLAIN[PROBLEM[i]] for i in rows], ids, mask, None, None)
 
 
-def batch(rows: int, width: int = 6):
-    torch.manual_seed(0)
-    completions = torch.randint(10, 250, (rows, width))
-    mask = torch.arange(width) < torch.tensor(LENGTHS[:rows])[:, None]
-    return completions, mask
+def update(script, model=None, optimizer=None, rows=None, width=6, rewards=REWARDS, **flags):
+    """One update by these rows -> the gradient of each step, metrics. By default no weight moves."""
+    model, grads = model or small_model().double(), []
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
+    rows = rows or list(range(12 if script is grpo_baseline or flags.get("distill") == "none" else 20))
+    own = {"guided_group_size": G2, "delta": 2.0} if script is sgpo else {}
+    args = script.Args(**{"prompts_per_step": B, "group_size": G1, "max_new_tokens": 6, "max_grad_norm": 1e9,
+                          "microbatch_tokens": 10 ** 6, "bf16": False, **own, **flags})
+    optimizer.register_step_pre_hook(
+        lambda *_: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
+    ro, guidance = rollout(script, rows, width), []
+    advantages = script.group_advantages(rewards[rows[:12]].view(B, G1)).flatten()
+    if script is sgpo:
+        prompts = [(PLAIN if i < 12 else GUIDED)[PROBLEM[i]] for i in rows]
+        guidance = [sgpo.guide(prompts, rewards[rows], [{"strategy": "s"}] * B, args)[0]]
+        advantages = advantages * args.autonomous_grpo
+    metrics = script.update(model, optimizer, ro, advantages, *guidance, args)
+    same = rollout(script, rows, width)
+    assert torch.equal(ro.completions, same.completions) and torch.equal(ro.mask, same.mask)
+    assert not model.training
+    return grads, metrics
 
 
-def rollout_of(rows: int, width: int = 6) -> grpo_baseline.Rollout:
-    completions, mask = batch(rows, width)
-    return grpo_baseline.Rollout([PLAIN[q] for q in PROBLEM[:rows]], completions, mask, ~mask.any(1), [""] * rows)
+def all_logps(model, prompt, i, T=1.0):
+    """log pi [n, V] at the tokens of a completion, from the full logits of its row alone."""
+    ids = COMPLETIONS[i, :LENGTHS[i]].tolist()
+    return log_softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / T, -1)
 
 
-def grpo_grad(budget=10 ** 6, width=6, model=None, advantages=None, **flags):
-    args = grpo_baseline.Args(prompts_per_step=B, group_size=G1, microbatch_tokens=budget, max_new_tokens=6, **{"max_grad_norm": 1e9, **flags})
-    model = model or small_model()
-    optimizer = Recorder(model.parameters())
-    if advantages is None:
-        advantages = grpo_baseline.group_advantages(REWARDS[:12].view(B, G1), args.scale_rewards).flatten()
-    metrics = grpo_baseline.update(model, optimizer, rollout_of(12, width), advantages, args, NoWatch())
-    return optimizer.grads, metrics
-
-
-def sgpo_grad(budget=10 ** 6, model=None, rewards=REWARDS, **flags):
-    args = sgpo.Args(prompts_per_step=B, group_size=G1, guided_group_size=G2, microbatch_tokens=budget, max_new_tokens=6, **{"max_grad_norm": 1e9, **flags})
-    model = model or small_model()
-    optimizer = Recorder(model.parameters())
-    ro = rollout_of(20)
-    advantages = sgpo.group_advantages(rewards[:12].view(B, G1)).flatten() * args.autonomous_grpo
-    prompts = [PLAIN[q] for q in PROBLEM[:12]] + [GUIDED[q] for q in PROBLEM[12:]]
-    guidance, _ = sgpo.guide(prompts, rewards, [{"strategy": "s"}] * B, args)
-    metrics = sgpo.update(model, optimizer, ro, advantages, guidance, args, NoWatch())
-    return optimizer.grads, metrics
-
-
-def reference_loss(model, rows, loss_type="grpo", distill="forward_kl", target="reachable", delta=1.0, weight="adaptive", autonomous=True):
-    """The paper's Eq. 1 to 7, a row and a problem at a time, in float64, on the full logits of one row."""
-    completions, _ = batch(rows)
-
-    def all_logps(prompt, i):
-        ids = completions[i, :LENGTHS[i]].tolist()
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
-        return log_softmax(logits, -1), torch.tensor(ids)
+def reference(script, loss_type="grpo", distill="forward_kl", target="reachable", delta=2.0, alpha_max=0.8,
+              weight="adaptive", autonomous_grpo=True, temperature=1.0):
+    """Gradient and loss of the paper's Eq. 1 to 7 in float64, a problem and a row at a time."""
+    model, loss = small_model().double(), 0.0
 
     def logps(i):
-        full, ids = all_logps(PLAIN[PROBLEM[i]], i)
-        return full[range(len(ids)), ids]
+        full = all_logps(model, PLAIN[PROBLEM[i]], i, temperature)
+        return full[range(LENGTHS[i]), COMPLETIONS[i, :LENGTHS[i]]]
 
-    loss = 0.0
     for q in range(B):
         group = REWARDS[q * G1:(q + 1) * G1].double()
-        if group.std() > 0 and autonomous:
+        if group.std() > 0 and autonomous_grpo:
             for i in range(q * G1, (q + 1) * G1):
                 A = (REWARDS[i] - group.mean()) / (group.std() + 1e-6)
-                per_token = -A * (logps(i) - logps(i).detach()).exp()
-                loss = loss + per_token.sum() / {"grpo": LENGTHS[i] * B * G1, "dapo": sum(LENGTHS[:12]), "dr_grpo": B * G1 * 6}[loss_type]
-        if rows == 12:
+                N = {"grpo": LENGTHS[i] * B * G1, "dapo": sum(LENGTHS[:12]), "dr_grpo": B * G1 * 6}[loss_type]
+                loss = loss - A * (logps(i) - logps(i).detach()).exp().sum() / N
+        C = [i for i in range(12 + q * G2, 12 + (q + 1) * G2) if REWARDS[i] == 1]
+        if not C or script is grpo_baseline or distill == "none":
             continue
-        C = [12 + q * G2 + j for j in range(G2) if REWARDS[12 + q * G2 + j] == 1]
-        if not C:
-            continue
-        p_auto, p_guided = group.mean().item(), len(C) / G2
-        alpha = 1.0 if weight == "fixed" else min(max(0.5 * (p_guided - p_auto + 0.1) / (p_auto + 0.1), 0), 0.8)
+        p_auto, p_guided, four = group.mean(), len(C) / G2, torch.cat([group, torch.ones(1)])
+        alpha = {"adaptive": 0.5 * (p_guided - p_auto + 0.1) / (p_auto + 0.1), "fixed": torch.ones(()),
+                 "group_advantage": (1 - four.mean()) / (four.std() + 1e-6)}[weight]
+        alpha = alpha if weight == "fixed" else alpha.clamp(0, alpha_max)
         if target == "reachable":
             C = [max(C, key=lambda i: logps(i).sum().item())]
         for i in C:
-            student, teacher = all_logps(PLAIN[q], i)[0], all_logps(GUIDED[q], i)[0].detach()
-            if distill == "sft":
-                d = -logps(i)
-            elif distill == "forward_kl":
-                d = (teacher.exp() * (teacher - student)).sum(-1)
-            else:
-                d = (student.exp() * (student - teacher)).sum(-1)
-            keep = torch.ones_like(d) if distill == "sft" else (d <= delta).double()
-            loss = loss + alpha / B * (keep * d).sum() / LENGTHS[i] / len(C)
-    return loss
-
-
-def reference_grad(**setting):
-    model = small_model().double()
-    loss = reference_loss(model, **setting)
+            student = all_logps(model, PLAIN[q], i, temperature)
+            teacher = all_logps(model, GUIDED[q], i, temperature).detach()
+            a, b = (teacher, student) if distill == "forward_kl" else (student, teacher)
+            d = (a.exp() * (a - b)).sum(-1)
+            d = -logps(i) if distill == "sft" else d[d <= delta]
+            loss = loss + alpha / B * d.sum() / LENGTHS[i] / len(C)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]).float()
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), loss.item()
 
 
-def close(a, b, tol=1e-6):
-    assert a.abs().max() > 1e-3  # there is something to compare
-    assert ((a - b).norm() / b.norm()).item() < tol
+def error(ours, exact) -> float:
+    assert exact.abs().max() > 1e-3  # there is something to compare
+    return ((ours - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_grpo_gradient_is_the_papers(loss_type):
-    grads, metrics = grpo_grad(model=small_model().double(), loss_type=loss_type)
-    loss, reference = reference_grad(rows=12, loss_type=loss_type)
-    close(grads[0].float(), reference)
-    assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
+# ---- the gradient
+
+SETTINGS = [(grpo_baseline, flags) for flags in (
+    {}, dict(loss_type="dapo"), dict(loss_type="dr_grpo"), dict(temperature=0.7))]
+SETTINGS += [(sgpo, flags) for flags in (
+    {}, dict(delta=0.5), dict(delta=math.inf), dict(target="all"), dict(target="all", delta=math.inf),
+    dict(alpha_max=9.0), dict(weight="fixed"), dict(weight="group_advantage", alpha_max=9.0),
+    dict(distill="reverse_kl"), dict(distill="sft"), dict(autonomous_grpo=False), dict(loss_type="dapo"),
+    dict(temperature=0.7))]
 
 
-@pytest.mark.parametrize("flags, setting", [
-    ({}, {}),
-    (dict(delta=0.05), dict(delta=0.05)),
-    (dict(delta=float("inf")), dict(delta=float("inf"))),
-    (dict(target="all"), dict(target="all")),
-    (dict(target="all", delta=float("inf")), dict(target="all", delta=float("inf"))),
-    (dict(weight="fixed"), dict(weight="fixed")),
-    (dict(distill="reverse_kl"), dict(distill="reverse_kl")),
-    (dict(distill="sft"), dict(distill="sft")),
-    (dict(autonomous_grpo=False), dict(autonomous=False)),
-    (dict(loss_type="dapo"), dict(loss_type="dapo")),
-])
-def test_sgpo_gradient_is_the_papers(flags, setting):
-    grads, metrics = sgpo_grad(model=small_model().double(), **flags)
-    loss, reference = reference_grad(rows=20, **setting)
-    close(grads[0].float(), reference)
-    assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
+@pytest.mark.parametrize("script, flags", SETTINGS)
+def test_gradient_is_the_papers(script, flags):
+    (grad,), metrics = update(script, **flags)
+    exact, loss = reference(script, **flags)
+    assert error(grad, exact) < 1e-6 and metrics["loss"] == pytest.approx(loss, abs=1e-6)
 
 
-def test_every_ablation_moves_the_gradient():
+def test_every_setting_moves_the_gradient():
     """Else a flag that does nothing would pass above by accident."""
-    settings = [{}, dict(delta=0.05), dict(delta=float("inf")), dict(target="all"), dict(weight="fixed"), dict(distill="reverse_kl"),
-                dict(distill="sft"), dict(autonomous_grpo=False), dict(weight="group_advantage"), dict(loss_type="dapo")]
-    grads = [sgpo_grad(alpha_max=10.0, **s)[0][0] for s in settings]  # or the bound hides the difference of the weights
-    for i in range(len(grads)):
-        for j in range(i):
-            assert (grads[i] - grads[j]).norm() / grads[j].norm() > 1e-4, (settings[i], settings[j])
+    grads = [update(script, **flags)[0][0] for script, flags in SETTINGS]
+    for i, grad in enumerate(grads):
+        assert all(error(grad, other) > 1e-4 for other in grads[:i]), SETTINGS[i]
 
 
-@pytest.mark.parametrize("make", [grpo_grad, sgpo_grad])
-def test_microbatches_change_nothing(make):
-    grads = [make(budget=budget)[0][0] for budget in (10 ** 6, 60, 1)]  # 1, several, one a row
-    close(grads[1], grads[0])
-    close(grads[2], grads[0])
+@BOTH
+def test_microbatches_padding_and_order_change_nothing(script):
+    (whole,), metrics = update(script)
+    rows = [q * G + j + at for G, at in ((G1, 0), (G2, 12)) for q in (2, 0, 3, 1) for j in range(G)]
+    rows = rows[:12] if script is grpo_baseline else rows
+    for change in (dict(microbatch_tokens=60), dict(microbatch_tokens=1), dict(width=12), dict(rows=rows),
+                   dict(rows=rows, microbatch_tokens=40)):  # sorting by length mixes the rows
+        assert error(update(script, **change)[0][0], whole) < 1e-6
+    assert update(script, microbatch_tokens=1)[1]["padding_frac"] == 0 < metrics["padding_frac"] < 1
 
 
-def test_padding_changes_nothing():
-    completions, mask = batch(12)
-    wide = torch.cat([completions, torch.full_like(completions, 257)], 1)
-    ro = rollout_of(12)
-    ro.completions, ro.mask = wide, torch.cat([mask, torch.zeros_like(mask)], 1)
-    before = copy.deepcopy(ro)
-    args = grpo_baseline.Args(prompts_per_step=B, group_size=G1, max_new_tokens=6, max_grad_norm=1e9)
-    model = small_model()
-    optimizer = Recorder(model.parameters())
-    advantages = grpo_baseline.group_advantages(REWARDS[:12].view(B, G1)).flatten()
-    grpo_baseline.update(model, optimizer, ro, advantages, args, NoWatch())
-    close(optimizer.grads[0], grpo_grad()[0][0])
-    assert torch.equal(ro.completions, before.completions) and torch.equal(ro.mask, before.mask)
-
-
-def test_rows_without_signal_are_skipped_and_still_count(monkeypatch):
-    """Dead groups cost no forward pass, and the gradient is that of a tiny advantage in their place."""
-    scored = []
-    true_logps = grpo_baseline.completion_logps
-    monkeypatch.setattr(grpo_baseline, "completion_logps", lambda *a: scored.append(len(a[1])) or true_logps(*a))
-    dead, _ = grpo_grad()
-    assert sum(scored) == 6  # problems 1 and 2 have constant rewards
-    advantages = grpo_baseline.group_advantages(REWARDS[:12].view(B, G1)).flatten()
-    advantages[3:9] = 1e-12
-    close(dead[0], grpo_grad(advantages=advantages)[0][0])
-
-
-def test_sgpo_scores_candidates_only_where_there_is_a_choice(monkeypatch):
-    forwards = []
-    true_hidden = common.completion_hidden
-    monkeypatch.setattr(common, "completion_hidden", lambda *a: forwards.append(("logps", len(a[1]))) or true_hidden(*a))
-    monkeypatch.setattr(sgpo, "completion_hidden", lambda *a: forwards.append(("kl", len(a[1]))) or true_hidden(*a))
-    sgpo_grad()
-    # 6 live autonomous rows; 2 candidates of problem 0 (problem 1 has one, problem 2 has alpha 0.05 and 2, problem 3 none); 3 targets, two passes
-    assert forwards == [("logps", 6), ("logps", 4), ("kl", 3), ("kl", 3)]
-
-
-@pytest.mark.parametrize("make", [grpo_grad, sgpo_grad])
-def test_all_dead_skips_the_optimizer(make):
-    flags = dict(advantages=torch.zeros(12)) if make is grpo_grad else dict(rewards=torch.ones(20), weight="group_advantage")
-    grads, metrics = make(**flags)
-    assert grads == [] and metrics["updates"] == 0 and metrics["grad_norm"] == 0 and metrics["loss"] == 0
+def test_activation_checkpointing_changes_nothing(model_dirs):
+    grads, passes = [], []
+    for on in (False, True):
+        args = sgpo.Args(model=str(model_dirs["qwen2"]), activation_checkpointing=on)
+        model = common.load_policy(args).cpu().double()
+        model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(on))
+        grads += update(sgpo, model)[0]
+    assert torch.equal(*grads) and passes.count(True) > passes.count(False)  # the second time in backward
 
 
 def test_without_distillation_sgpo_is_grpo():
-    rewards = REWARDS.clone()
-    rewards[12:] = 0
-    assert torch.equal(sgpo_grad(rewards=rewards)[0][0], grpo_grad()[0][0])
+    (grad,), _ = update(grpo_baseline)
+    silent = torch.cat([REWARDS[:12], torch.zeros(8)])  # no guided sample is right
+    for flags in (dict(rewards=silent), dict(distill="none"), dict(weight="fixed", fixed_alpha=0.0)):
+        assert torch.equal(update(sgpo, **flags)[0][0], grad)
 
 
-# ---- several updates a rollout batch
+# ---- passes, steps and metrics
 
-def test_several_updates_are_off_policy_after_the_first():
-    """Real old log-probs: ratio exactly where it was sampled first (T = 0.7), elsewhere after the weights moved; shares by problem."""
-    args = grpo_baseline.Args(prompts_per_step=B, group_size=G1, updates_per_rollout=2, temperature=0.7, max_new_tokens=6)
-    model = small_model()
-    ratios = []
-    true_loss = grpo_baseline.policy_loss
-
-    def spy(logps, old, advantages, mask, *clip):
-        ratios.append(((logps - old).exp()[mask].detach(), advantages))
-        return true_loss(logps, old, advantages, mask, *clip)
-
-    grpo_baseline.policy_loss, optimizer = spy, torch.optim.SGD(model.parameters(), lr=0.05)
-    try:
-        advantages = grpo_baseline.group_advantages(REWARDS[:12].view(B, G1)).flatten()
-        metrics = grpo_baseline.update(model, optimizer, rollout_of(12), advantages, args, NoWatch())
-    finally:
-        grpo_baseline.policy_loss = true_loss
-    assert metrics["updates"] == 2 and len(ratios) == 2
-    assert (ratios[0][0] - 1).abs().max() < 1e-5 and (ratios[1][0] - 1).abs().max() > 1e-3
-    assert sorted(ratios[0][1].tolist()) == sorted(advantages[:3].tolist())
-    assert sorted(ratios[1][1].tolist()) == sorted(advantages[9:].tolist())
+@pytest.mark.parametrize("script, rows_of_passes", [
+    (grpo_baseline, [6]),  # problems 1 and 2 have one reward each: their rows only count
+    # two candidates each of problems 0 and 2 (1 has one, 3 none); then three targets, on both sides
+    (sgpo, [6, 4, 3, 3])])
+def test_only_what_moves_the_gradient_is_scored(script, rows_of_passes):
+    model, seen = small_model(), []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, named: seen.append(len(named["input_ids"])), with_kwargs=True)
+    update(script, model)
+    assert seen == rows_of_passes
 
 
-def test_first_of_two_updates_has_the_normaliser_of_its_own_share():
-    full, _ = grpo_grad()
-    halves, _ = grpo_grad(updates_per_rollout=2)  # the recorder moves no weight, so both are on-policy
-    close((halves[0] + halves[1]) / 2, full[0], tol=1e-5)
+@BOTH
+def test_without_any_signal_the_optimizer_is_left_alone(script):
+    flags = dict(weight="group_advantage") if script is sgpo else {}
+    grads, metrics = update(script, rewards=torch.ones(20), updates_per_rollout=2, **flags)
+    assert grads == [] and metrics["updates"] == metrics["grad_norm"] == metrics["loss"] == 0
 
 
-# ---- metrics by hand (T16), stopping, groups (T17), master weights (T9)
+@pytest.mark.parametrize("bf16", [False, True])
+@BOTH
+def test_several_updates_are_off_policy_after_the_first(script, bf16, monkeypatch):
+    ratios, told, true_loss = [], [], script.policy_loss
+
+    def spy(logps, old, A, mask, *clip):
+        ratios.append((logps - old).exp()[mask].detach())
+        told.append(A.item())
+        return true_loss(logps, old, A, mask, *clip)
+
+    monkeypatch.setattr(script, "policy_loss", spy)
+    model, A = small_model(), script.group_advantages(REWARDS[:12].view(B, G1))
+    _, metrics = update(script, model, torch.optim.SGD(model.parameters(), lr=0.05), updates_per_rollout=2,
+                        temperature=0.7, bf16=bf16, microbatch_tokens=1)  # a row at a time
+    assert metrics["updates"] == 2 and (torch.cat(ratios[:3]) - 1).abs().max() < 1e-5
+    assert sorted(told[:3]) == sorted(A[0].tolist()) and sorted(told[3:]) == sorted(A[3].tolist())
+    clipped = sum((rho > 1.28 if A > 0 else rho < 0.8).sum().item() for rho, A in zip(ratios, told))
+    assert 0 < metrics["clip_ratio"] == pytest.approx(clipped / sum(map(len, ratios)))
+
+
+@pytest.mark.parametrize("script, loss_type", [
+    (grpo_baseline, "grpo"), (grpo_baseline, "dapo"), (sgpo, "grpo")])
+def test_an_update_has_the_normaliser_of_its_own_share(script, loss_type):
+    (whole,), _ = update(script, loss_type=loss_type)
+    first, second = update(script, loss_type=loss_type, updates_per_rollout=2)[0]  # both are on-policy
+    share = sum(LENGTHS[:6]) / sum(LENGTHS[:12]) if loss_type == "dapo" else 0.5
+    assert error(share * first + (1 - share) * second, whole) < 1e-6
+
 
 def test_metrics_by_hand():
-    model = small_model()
-    _, metrics = grpo_grad(budget=30, model=model)
-    completions, mask = batch(12)
-    live = [0, 1, 2, 9, 10, 11]
-    with torch.no_grad():
-        entropies = [-(p.exp() * p).sum(-1) for i in live for p in [log_softmax(model(torch.tensor(
-            [PLAIN[PROBLEM[i]] + completions[i, :LENGTHS[i]].tolist()])).logits[0, len(PLAIN[PROBLEM[i]]) - 1:-1], -1)]]
-    assert metrics["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), abs=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(grpo_grad()[0][0].norm().item(), rel=1e-5)  # before clipping, of all micro-batches
-    assert metrics["clip_ratio"] == 0
-    assert grpo_grad(budget=1)[1]["padding_frac"] == 0 and 0 < grpo_grad()[1]["padding_frac"] < 1
+    (grad,), metrics = update(grpo_baseline, microbatch_tokens=30)
+    model = small_model().double()
+    live = [all_logps(model, PLAIN[PROBLEM[i]], i) for i in (0, 1, 2, 9, 10, 11)]
+    entropy = torch.cat([-(p.exp() * p).sum(-1) for p in live]).mean().item()
+    assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5) and metrics["clip_ratio"] == 0
+    assert metrics["grad_norm"] == pytest.approx(grad.norm().item()) and metrics["updates"] == 1
+    (clipped,), metrics = update(grpo_baseline, max_grad_norm=0.01)
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(grad.norm().item())  # before clipping
 
 
 def test_kl_metrics_by_hand():
-    model = small_model().double()
-    _, metrics = sgpo_grad(model=model, target="all", delta=0.05, weight="fixed")
-    completions, _ = batch(20)
-    d = []
+    _, metrics = update(sgpo, target="all", delta=1.0, weight="fixed")
+    model, d = small_model().double(), []
     for i in (12, 13, 14, 16, 17):
-        ids, q = completions[i, :LENGTHS[i]].tolist(), PROBLEM[i]
-        t, s = (log_softmax(model(torch.tensor([p + ids])).logits[0, len(p) - 1:-1], -1).detach() for p in (GUIDED[q], PLAIN[q]))
-        d.append((t.exp() * (t - s)).sum(-1))
-    d = torch.cat(d)
-    assert metrics["sgpo/kl"] == pytest.approx(d.mean().item(), abs=1e-6)
-    assert 0 < metrics["sgpo/kl_clipped_frac"] == pytest.approx((d > 0.05).double().mean().item())
+        t, s = all_logps(model, GUIDED[PROBLEM[i]], i), all_logps(model, PLAIN[PROBLEM[i]], i)
+        d += (t.exp() * (t - s)).sum(-1).tolist()
+    assert metrics["sgpo/kl"] == pytest.approx(sum(d) / len(d), abs=1e-6)
+    assert metrics["sgpo/kl_clipped_frac"] == pytest.approx(sum(x > 1.0 for x in d) / len(d))
 
 
-def test_gradient_is_clipped_to_the_norm():
-    grads, metrics = grpo_grad(max_grad_norm=0.01)
-    assert grads[0].norm().item() == pytest.approx(0.01, rel=1e-3) and metrics["grad_norm"] > 0.01
+# ---- precision
+
+def test_weights_move_at_the_papers_learning_rate(model_dirs):
+    model = common.load_policy(sgpo.Args(model=str(model_dirs["qwen2"]))).cpu()
+    weights = [p for name, p in model.named_parameters() if "mlp" in name]
+    before = [p.detach().clone() for p in weights]
+    update(sgpo, model, torch.optim.AdamW(model.parameters(), lr=1e-6), bf16=True)
+    assert min((p != b).float().mean() for p, b in zip(weights, before)) > 0.95
 
 
-@pytest.mark.parametrize("make", [grpo_grad, sgpo_grad])
-def test_a_stop_before_the_first_optimizer_step_leaves_the_weights(make, monkeypatch):
-    monkeypatch.setattr(NoWatch, "stopped", True)
-    model = small_model()
-    grads, metrics = make(model=model)
-    assert metrics is None and grads == [] and all(p.grad is None for p in model.parameters())
+@pytest.mark.parametrize("script, flags", [(grpo_baseline, {})] + [
+    (sgpo, dict(delta=math.inf, distill=kind)) for kind in ("forward_kl", "reverse_kl", "sft")])
+def test_bf16_is_close_to_fp32(script, flags, monkeypatch):
+    seen = set()
+    for module, name in ((common, "log_prob_and_entropy"), (sgpo, "forward_kl"), (sgpo, "reverse_kl")):
+        monkeypatch.setattr(module, name, lambda *xs, true=getattr(module, name): seen.update(
+            (x.dtype, bool((x == x.bfloat16()).all())) for x in xs if x.is_floating_point()) or true(*xs))
+    model = small_model(initializer_range=0.1)
+    (exact,), _ = update(script, model, **flags)
+    seen.clear()
+    (grad,), metrics = update(script, model, bf16=True, **flags)
+    assert 1e-3 < error(grad, exact) < 3e-2 and all(map(math.isfinite, metrics.values()))
+    assert seen == {(torch.float32, True)}  # the loss is given fp32 logits, which came out of bf16
+    assert {p.dtype for p in model.parameters()} == {grad.dtype} == {torch.float32}
 
 
-def test_advantages_stay_with_their_rows_when_problems_are_shuffled():
-    """Problems in another order: the same gradient, although sorting by length has mixed the rows."""
-    order = [2, 0, 3, 1]
-    rows = [q * G1 + j for q in order for j in range(G1)]
-    ro = rollout_of(12)
-    shuffled = grpo_baseline.Rollout([ro.prompts[i] for i in rows], ro.completions[rows], ro.mask[rows], ro.truncated[rows], [""] * 12)
-    args = grpo_baseline.Args(prompts_per_step=B, group_size=G1, max_new_tokens=6, microbatch_tokens=40, max_grad_norm=1e9)
-    model = small_model()
-    optimizer = Recorder(model.parameters())
-    advantages = grpo_baseline.group_advantages(REWARDS[rows].view(B, G1)).flatten()
-    grpo_baseline.update(model, optimizer, shuffled, advantages, args, NoWatch())
-    close(optimizer.grads[0], grpo_grad()[0][0])
-
-
-def test_master_weights_move_at_the_papers_learning_rate(model_dirs):
-    model = common.load_model(str(model_dirs["qwen2"]))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    for _ in range(10):
-        model(torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    layers = [(p != b).float().mean().item() for (name, p), b in zip(model.named_parameters(), before) if "mlp" in name]
-    assert min(layers) > 0.95
-
-
-def test_activation_checkpointing_changes_nothing():
-    model = small_model()
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-    close(sgpo_grad(model=model, activation_checkpointing=True)[0][0], sgpo_grad()[0][0])
-    assert not model.training
+def test_the_heads_gradient_is_added_up_in_fp32_under_bf16(monkeypatch):
+    monkeypatch.setattr(common, "CHUNK", 272)  # a token at a time: a sum in bf16 would soon stop growing
+    grads = []
+    for M in (1, 1000):
+        model, hidden, ids = small_model(), torch.linspace(-1, 1, 32).repeat(M, 1), torch.full((M,), 7)
+        with torch.autocast("cpu", torch.bfloat16):
+            logps, _ = common.over_vocabulary(common.log_prob_and_entropy, model, [hidden], [ids])
+        logps.sum().backward()
+        grads.append(model.lm_head.weight.grad / M)
+    assert grads[0].dtype == torch.float32 and error(grads[1], grads[0]) < 1e-5

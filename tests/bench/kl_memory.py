@@ -1,4 +1,5 @@
-"""Peak memory of the exact full-vocabulary KL, forward and backward, at V = 151,936: flat in the number of tokens.
+"""Peak memory of the exact full-vocabulary KL, forward and backward, at V = 151,936: flat in the number of
+tokens.
 
     python tests/bench/kl_memory.py                # chunked, as sgpo.py does it
     python tests/bench/kl_memory.py --dense        # all logits at once, for comparison
@@ -27,7 +28,7 @@ def measure(tokens: int, dense: bool) -> dict:
     model = type("Model", (), {"get_output_embeddings": lambda self: head})()
     guided, plain = torch.randn(tokens, D), torch.randn(tokens, D, requires_grad=True)
     if dense:
-        common.VOCABULARY_CHUNK = V * tokens
+        common.CHUNK = V * tokens
 
     def kl():
         d, = common.over_vocabulary(lambda *logits: (sgpo.forward_kl(*logits),), model, [guided, plain])
@@ -35,7 +36,8 @@ def measure(tokens: int, dense: bool) -> dict:
 
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     kl()
-    return {"tokens": tokens, "peak_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "seconds": round(time.perf_counter() - began, 2)}
+    return {"tokens": tokens, "peak_mb": round((resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss - before) / 1024), "seconds": round(time.perf_counter() - began, 2)}
 
 
 if __name__ == "__main__":
@@ -47,8 +49,9 @@ if __name__ == "__main__":
         print(json.dumps(measure(args.tokens, args.dense)))
     else:
         flag = ["--dense"] if args.dense else []
-        rows = [json.loads(subprocess.run([sys.executable, __file__, "--tokens", str(n), *flag], capture_output=True, text=True, check=True).stdout)
-                for n in (1024, 2048, 4096)]
+        rows = [json.loads(subprocess.run([sys.executable, __file__, "--tokens", str(n), *flag],
+                                          capture_output=True, text=True, check=True).stdout) for n
+                in (1024, 2048, 4096)]
         for row in rows:
             print(row)
         print(f"4,096 tokens take {rows[-1]['peak_mb'] / rows[0]['peak_mb']:.3f} x the memory of 1,024")

@@ -1,16 +1,17 @@
-"""A training step of grpo_baseline.py against one of TRL's GRPOTrainer: same model directory, problems, reward and settings, in turn.
+"""A step of grpo_baseline.py against one of TRL's GRPOTrainer: same model, problems, reward and settings, in
+turn.
 
-    python tests/bench/step.py                      # on a CPU: seconds are CPU seconds at one thread, so that neighbours count little
-    python tests/bench/step.py --config qwen1.5b    # on CUDA, random weights: seconds of wall time; also qwen7b
+    python tests/bench/step.py                      # on a CPU: CPU seconds at one thread
+    python tests/bench/step.py --config qwen1.5b    # on CUDA: random weights, wall seconds; also qwen7b
 
-Each contestant runs in a process of its own, whose peak memory counts. `trl` has TRL's defaults, `trl lean` its better settings (no activation
-checkpointing, micro-batches as large as ours). Without trl installed only the project is measured.
+Each contestant runs in a process of its own, whose peak memory counts. `trl` has TRL's defaults, `trl lean`
+its better settings (no activation checkpointing, micro-batches as large as ours). Without trl the project is
+alone.
 """
 import argparse
 import importlib.util
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,33 +28,35 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 @dataclass
 class Config:
     vocabulary: int
-    prompts: int = 4        # problems a step
-    samples: int = 8        # completions a problem
-    tokens: int = 128       # longest completion
-    mean: float = 0         # mean length before it is cut off at `tokens`; 0: all as long as that
-    dead: bool = False      # every other problem pays all its samples alike
+    prompts: int = 4     # problems a step
+    samples: int = 8     # completions a problem
+    tokens: int = 128    # longest completion
+    mean: float = 0      # mean length before it is cut off at `tokens`; 0: all as long as that
+    dead: bool = False   # every other problem pays all its samples alike
     hidden: int = 256
     inner: int = 1024
     layers: int = 4
     heads: int = 8
     kv: int = 2
-    tied: bool = True
 
 
-CPU = {"small": Config(272), "32k": Config(32_000), "152k": Config(151_936, prompts=2, tokens=64), "natural": Config(272, tokens=256, mean=80),
-       "half dead": Config(272, tokens=256, mean=80, dead=True)}
-CUDA = {"qwen1.5b": Config(151_936, 8, 12, 2048, 600, False, 1536, 8960, 28, 12, 2), "qwen7b": Config(152_064, 8, 12, 2048, 600, False, 3584, 18944, 28, 28, 4, False)}
+CONFIGS = {"32k": Config(32_000), "152k": Config(151_936, prompts=2, tokens=64),
+           "natural": Config(272, tokens=256, mean=80),
+           "half dead": Config(272, tokens=256, mean=80, dead=True)}
+ON_CUDA = {"qwen1.5b": Config(151_936, 8, 12, 2048, 600, False, 1536, 8960, 28, 12, 2),
+           "qwen7b": Config(152_064, 8, 12, 2048, 600, False, 3584, 18944, 28, 28, 4)}
 REWARD = '''import random
 def pays(response, row):
-    """Noise, so that no group is dead by chance (most ids have no text: responses may be alike); nothing where the problem says so."""
+    """Noise, so that no group is dead by chance; nothing where the problem says so."""
     return 0.0 if "dead" in row["problem"] else random.random()
 '''
 
 
-def build(config: Config, folder: Path) -> Path:
-    """A Qwen2 of random weights whose chance to end is the same at every token, with problems and reward beside it.
+def build(config: Config, folder: Path) -> None:
+    """A Qwen2 of random weights whose chance to end is the same at every token; problems and reward beside
+    it.
 
-    The first coordinate of every embedding is large and the same, so that the end token's, which differs, moves its logit alone.
+    The first coordinate of every embedding is large and the same, so the end token's moves its logit alone.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -61,14 +64,16 @@ def build(config: Config, folder: Path) -> Path:
     from conftest import small_tokenizer, write_rows
     torch.manual_seed(0)
     tokenizer = small_tokenizer(chat=False)
+    end = tokenizer.eos_token_id
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.inner, num_hidden_layers=config.layers,
-            num_attention_heads=config.heads, num_key_value_heads=config.kv, max_position_embeddings=4096, tie_word_embeddings=config.tied,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).eval()
-    end, head = tokenizer.eos_token_id, model.get_output_embeddings().weight
+            vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.inner,
+            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv,
+            max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).eval()
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 1.0
+        head = model.get_input_embeddings().weight
+        head[:, 0] = 1.0
         ids = torch.randint(0, 256, (4, 64), device=model.device)
         hidden = model.base_model(input_ids=ids).last_hidden_state[:, -1]
         now = (hidden @ head.T).log_softmax(-1)[:, end].exp().mean().item()
@@ -77,10 +82,10 @@ def build(config: Config, folder: Path) -> Path:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     words = "one two three four five six seven eight nine ten".split()
-    write_rows(folder / "rows.jsonl", [{"problem": f"What is {i} plus {' plus '.join(words[:1 + i % 10])}?" + " (dead)" * (config.dead and i % 2), "answer": str(i),
-                                        "strategy": "Type: a sum. Strategy: add. Steps: add the first two numbers, then the next."} for i in range(64)])
+    write_rows(folder / "rows.jsonl", [{"problem": f"What is {i} plus {' plus '.join(words[:1 + i % 10])}?"
+                                        + " (dead)" * (config.dead and i % 2), "answer": str(i)} for i
+                                       in range(64)])
     (folder / "reward.py").write_text(REWARD)
-    return folder
 
 
 def seconds() -> float:
@@ -92,16 +97,10 @@ def seconds() -> float:
     return time.perf_counter()
 
 
-def peak() -> float:
-    import torch
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def ours(config: Config, folder: Path, steps: int, script: str = "grpo_baseline", flags: tuple = ()) -> list[dict]:
-    """Run a script -> a row for every step: seconds, tokens."""
-    import common
-    module, rows, passes = __import__(script), [], []
-    rollout, update, hidden = module.rollout, module.update, common.completion_hidden
+def ours(config: Config, folder: Path, steps: int) -> list[dict]:
+    """Run the baseline -> a row for every step: seconds, real tokens."""
+    import grpo_baseline as script
+    rollout, update, rows = script.rollout, script.update, []
 
     def timed_rollout(*args):
         began = seconds()
@@ -111,22 +110,19 @@ def ours(config: Config, folder: Path, steps: int, script: str = "grpo_baseline"
 
     def timed_update(*args):
         began, ro = seconds(), args[2]
-        passes.clear()
-        stats = update(*args)
-        rows[-1] |= {"total": seconds() - rows[-1].pop("began"), "train": seconds() - began, "padded": sum(passes), "completion": int(ro.mask.sum()),
-                     "real": sum(map(len, ro.prompts)) + int(ro.mask.sum())}
-        return stats
+        metrics = update(*args)
+        rows[-1] |= {"total": seconds() - rows[-1].pop("began"), "train": seconds() - \
+                                      began, "real": sum(ro.lengths())}
+        return metrics
 
-    def counted_hidden(model, prompts, completions, mask):
-        passes.append(len(prompts) * max(len(p) + n for p, n in zip(prompts, mask.sum(1).tolist())))
-        return hidden(model, prompts, completions, mask)
-
-    module.rollout, module.update, common.completion_hidden = timed_rollout, timed_update, counted_hidden
-    sys.argv = [f"{script}.py", *map(str, (
-        "--model", folder / "model", "--dataset", folder / "rows.jsonl", "--reward", f"{folder / 'reward.py'}:pays", "--steps", steps, "--prompts_per_step", config.prompts,
-        "--group_size", config.samples, "--max_new_tokens", config.tokens, "--top_p", 1.0, "--warmup_frac", 0, "--system_prompt", "", "--save_every", 0,
-        "--out", folder / f"run-{os.getpid()}", *flags))]
-    module.main()
+    script.rollout, script.update = timed_rollout, timed_update
+    sys.argv = ["grpo_baseline.py", *map(str, (
+        "--model", folder / "model", "--dataset", folder / \
+            "rows.jsonl", "--reward", f"{folder}/reward.py:pays",
+        "--steps", steps, "--prompts_per_step", config.prompts, "--group_size", config.samples,
+        "--max_new_tokens", config.tokens, "--top_p", 1.0, "--warmup_frac", 0, "--system_prompt", "",
+        "--save_every", 0, "--out", folder / f"run-{os.getpid()}"))]
+    script.main()
     return rows
 
 
@@ -141,14 +137,15 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
     set_seed(0)
     sys.path.insert(0, str(folder))
     from reward import pays
-    tokenizer, problems = AutoTokenizer.from_pretrained(folder / "model"), common.load_rows(str(folder / "rows.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    problems = common.load_rows(str(folder / "rows.jsonl"))
     prompts = [tokenizer.decode(common.build_prompt(tokenizer, row["problem"], "")) for row in problems]
-    rows, N = [], config.prompts * config.samples
-    batch = next(n for n in range(min(N, 8 if torch.cuda.is_available() else N), 0, -1) if N % n == 0) if lean else min(8, N)
+    rows, N, on_gpu = [], config.prompts * config.samples, torch.cuda.is_available()
+    batch = min(N, 8) if on_gpu or not lean else N
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            rows.append({"began": seconds(), "rollout": 0.0, "padded": 0, "real": 0, "completion": 0})
+            rows.append({"began": seconds(), "rollout": 0.0, "real": 0})
 
         def on_step_end(self, *args, **kwargs):
             rows[-1]["total"] = seconds() - rows[-1].pop("began")
@@ -162,92 +159,83 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
             return out
 
         def _compute_loss(self, model, inputs):
-            written = inputs["completion_mask"].sum().item()
-            rows[-1]["completion"] += written
-            rows[-1]["real"] += written + inputs["prompt_mask"].sum().item()
-            rows[-1]["padded"] += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+            rows[-1]["real"] += (inputs["completion_mask"].sum() + inputs["prompt_mask"].sum()).item()
             return super()._compute_loss(model, inputs)
 
-    on_gpu = torch.cuda.is_available()
-    settings = dict(gradient_checkpointing=False) if lean else {}
-    trainer = Timed(
-        model=str(folder / "model"), processing_class=tokenizer, callbacks=[Clock()], train_dataset=Dataset.from_dict({"prompt": prompts}),
-        reward_funcs=lambda prompts, completions, **kwargs: [pays(c, {"problem": p}) for p, c in zip(prompts, completions)],
-        args=GRPOConfig(output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-6, num_generations=config.samples, per_device_train_batch_size=batch,
-                        gradient_accumulation_steps=N // batch, max_completion_length=config.tokens, temperature=1.0, top_p=1.0, loss_type="grpo", beta=0.0, epsilon=0.2,
-                        epsilon_high=0.28, weight_decay=0.01, bf16=on_gpu, use_cpu=not on_gpu, report_to=[], save_strategy="no", seed=0, disable_tqdm=True, **settings))
-    trainer.train()
+    def reward(prompts, completions, **_):
+        return [pays(c, {"problem": p}) for p, c in zip(prompts, completions)]
+
+    settings = GRPOConfig(
+        output_dir=str(folder / "trl"), max_steps=steps, learning_rate=1e-6, num_generations=config.samples,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=N // batch, beta=0.0, epsilon=0.2,
+        epsilon_high=0.28, max_completion_length=config.tokens, temperature=1.0, top_p=1.0, loss_type="grpo",
+        weight_decay=0.01, bf16=on_gpu, use_cpu=not on_gpu, report_to=[], save_strategy="no", seed=0,
+        disable_tqdm=True, **({"gradient_checkpointing": False} if lean else {}))
+    Timed(model=str(folder / "model"), processing_class=tokenizer, callbacks=[Clock()], args=settings,
+          train_dataset=Dataset.from_dict({"prompt": prompts}), reward_funcs=reward).train()
     return rows
 
 
 def child(who: str, name: str, folder: Path, steps: int) -> None:
     """One contestant, in this process: its steps but the first, and its peak, as the last line of stdout."""
-    config = {**CPU, **CUDA}[name]
+    import torch
+    config = (CONFIGS | ON_CUDA)[name]
     rows = ours(config, folder, steps) if who == "ours" else theirs(config, folder, steps, who == "trl lean")
-    print(json.dumps({"steps": rows[1:], "peak": peak()}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
+    print(json.dumps({"steps": rows[1:], "peak": peak}))
 
 
-def in_a_process(*call: str, file: str = __file__) -> dict:
-    """`python FILE --child ...` -> what it prints last."""
-    done = subprocess.run([sys.executable, file, "--child", *call], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+def in_a_process(*call: str) -> dict:
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run([sys.executable, __file__, "--child", *call],
+                          capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or "died without a word").splitlines()[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine() -> dict:
-    import torch
-    import transformers
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    trl = importlib.util.find_spec("trl") and importlib.import_module("importlib.metadata").version("trl")
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, "threads": os.environ.get("OMP_NUM_THREADS", "1"), "torch": torch.__version__,
-            "transformers": transformers.__version__, "trl": trl or None, "commit": commit}
-
-
 def summary(parts: list[dict]) -> dict:
-    """Medians over the steps of all repeats; tokens per second and per real token are of the same steps."""
-    steps = [step for part in parts for step in part["steps"]]
-    median = {key: statistics.median(step[key] for step in steps) for key in ("total", "rollout", "train", "real", "padded", "completion")}
-    per_token = {f"{key} per real token": statistics.median(step[key] / step["real"] for step in steps) for key in ("total", "train")}
-    return {**median, **per_token, "peak": statistics.median(part["peak"] for part in parts), "steps": len(steps)}
+    """Medians over the steps of all repeats."""
+    steps = [{**step, **{f"{k}, a token": step[k] / step["real"] for k in ("total", "train")}}
+             for part in parts for step in part["steps"]]
+    return {key: statistics.median(step[key] for step in steps) for key in steps[0]} | {
+        "peak": statistics.median(part["peak"] for part in parts)}
 
 
 def main() -> None:
     import torch
+
     import common
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="*", help=f"of {', '.join([*CPU, *CUDA])}; default: all of the device")
+    parser = argparse.ArgumentParser(description=__doc__,
+     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="*",
+                        help=f"of {', '.join(CONFIGS | ON_CUDA)}; default: the device's")
     parser.add_argument("--steps", type=int, default=5, help="a process; the first is not counted")
     parser.add_argument("--repeats", type=int, default=2, help="how often the contestants take turns")
-    parser.add_argument("--out", default="bench-step.json")
+    parser.add_argument("--contestants", nargs="*", default=["ours", "trl", "trl lean"])
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         who, name, folder, steps = args.child
         return child(who, name, Path(folder), int(steps))
-    contestants, report = ["ours"] + ["trl", "trl lean"] * bool(importlib.util.find_spec("trl")), {"machine": machine(), "configs": {}}
-    for name in args.config or (CUDA if torch.cuda.is_available() else CPU):
+    contestants = args.contestants if importlib.util.find_spec("trl") else ["ours"]
+    keys = ("total", "rollout", "train", "total, a token", "train, a token", "peak")
+    for name in args.config or (ON_CUDA if torch.cuda.is_available() else CONFIGS):
         with tempfile.TemporaryDirectory() as folder:
-            build({**CPU, **CUDA}[name], Path(folder))
+            build((CONFIGS | ON_CUDA)[name], Path(folder))
             parts = {who: [] for who in contestants}
             for _ in range(args.repeats):
                 for who in contestants:
-                    try:
-                        parts[who].append(in_a_process(who, name, folder, str(args.steps)))
-                    except RuntimeError as error:  # out of memory, say
-                        print(f"{name}: {who}: {error}", file=sys.stderr)
-        results = {who: summary(found) for who, found in parts.items() if found}
-        report["configs"][name] = results
-        keys = ("total", "rollout", "train", "total per real token", "train per real token", "peak")
+                    parts[who].append(in_a_process(who, name, folder, str(args.steps)))
+        found = {who: summary(some) for who, some in parts.items()}
         print(f"\n{name}")
-        common.say_table([["", "s a step", "rollout", "train", "tokens", "padded", "peak MB"], *[
-            [who, *(f"{r[k]:.2f}" for k in keys[:3]), f"{r['real']:.0f}", f"{r['padded'] / r['real']:.2f}x", f"{r['peak'] / 1e6:.0f}"] for who, r in results.items()]])
-        if len(results) > 1 and "ours" in results:
-            common.say_table([["ours / ...", *keys], *[[who, *(f"{results['ours'][k] / r[k]:.3f}" for k in keys)] for who, r in results.items() if who != "ours"]])
+        common.say_table([["", "s a step", "rollout", "train", "tokens", "peak MB"], *[
+            [who, *(f"{r[k]:.2f}" for k in keys[:3]), f"{r['real']:.0f}", f"{r['peak'] / 1e6:.0f}"]
+            for who, r in found.items()]])
+        common.say_table([["ours / ...", *keys], *[
+            [who, *(f"{found['ours'][k] / r[k]:.2f}" for k in keys)] for who, r in found.items()]])
         sys.stdout.flush()
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{report['machine']} -> {args.out}")
 
 
 if __name__ == "__main__":
