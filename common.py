@@ -930,8 +930,8 @@ PASS_COST = 256 if torch.cuda.is_available() else 32  # what a pass costs whatev
 
 def microbatches(rows: Sequence[int], lengths: Sequence[int], budget: int,
                  sums: Sums | None = None) -> list[list[int]]:
-    """Rows sorted by length, cut where a batch would have more than `budget` tokens, padding included, or more
-    padding than another pass costs.
+    """Rows sorted by length, cut where a batch would have more than `budget` tokens, padding included, or
+    more padding than another pass costs.
 
     `lengths` are those of every row there is; a row over the budget stands alone. All processes get as many
     batches, since FSDP2 wants all to do as many passes: an empty one costs a token. `sums` counts real and
@@ -1237,8 +1237,13 @@ def load_reward(spec: str | None) -> Score:
 
 
 def held_out_accuracy(model, tokenizer, rows: list[dict], score: Score, args: Any,
-                      guided: bool = False) -> float:
-    """Share of right answers, --eval_samples a row at --eval_temperature; `guided`: with the strategy."""
+                      guided: bool = False) -> dict[str, float]:
+    """Share of right answers, --eval_samples a row at --eval_temperature, as a metric; {} without rows.
+
+    `guided`: with the row's strategy in the prompt; {} where a row has none.
+    """
+    if not rows or guided and not all("strategy" in row for row in rows):
+        return {}
     seed_everything(args.seed, "evaluation")  # the same draws at every evaluation
     mine = [row for row in my_share(rows) for _ in range(args.eval_samples)]
 
@@ -1251,7 +1256,7 @@ def held_out_accuracy(model, tokenizer, rows: list[dict], score: Score, args: An
     right = (score(texts, mine) >= 0.5).sum()
     grader_counts()  # belongs to no step
     right, n = total(right, len(mine))
-    return right / n
+    return {"eval/accuracy_guided" if guided else "eval/accuracy": right / n}
 
 
 # ---------------------------------------------------------------- run directory

@@ -22,8 +22,9 @@ from common import (
     held_out_accuracy, load_policy, load_problems, load_reward, load_tokenizer, microbatches, my_share,
     optimizer_step, parse_args, program, refuse, sft_warmup, total, warmup_split)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples),
-# P prompt, C completion, V vocabulary.
+# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
+# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# row.
 
 
 # ---------------------------------------------------------------- flags
@@ -33,8 +34,8 @@ class Args(RunFlags):
     """algorithm"""
     # rollouts
     steps: int = flag(400, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
-    prompts_per_step: int = flag(16, "problems a step", "[1, inf)")
-    group_size: int = flag(12, "samples a problem; as many as SGPO's 8 + 4", "[2, inf)")
+    prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
+    group_size: int = flag(12, "samples per problem; equals SGPO's 8 + 4", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
     top_p: float = flag(0.95, "nucleus sampling", "(0, 1]")
@@ -42,7 +43,7 @@ class Args(RunFlags):
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf)")
     clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides centred rewards")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
     # update
     lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
@@ -52,16 +53,16 @@ class Args(RunFlags):
 
 
 def check_args(args: Args) -> None:
-    """What no single flag's interval can say."""
+    """Checks that involve more than one flag."""
     if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} needs as many --prompts_per_step")
+        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
 
 
 # ---------------------------------------------------------------- rollout
 
 @dataclass
 class Rollout:
-    prompts: list[list[int]]  # N prompts as they were sampled from, unpadded
+    prompts: list[list[int]]  # N prompts, unpadded
     completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
     mask: Tensor              # [N, C] True up to and including the first end token
     truncated: Tensor         # [N] True where no end token came
@@ -105,12 +106,12 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho = 1 whatever the weights, and advantages sum to 0 in a group: the
-    value says nothing, the gradient is A grad log pi all the same.
+    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
+    nothing; the gradient is still A grad log pi.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
+    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return loss * mask, clipped & mask
 
@@ -119,9 +120,9 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
                   tokens: float | None = None) -> Tensor:
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo: 1 /
-    (N max_new_tokens). Rows without signal count in N. `rows` and `tokens`: N and tokens of all processes,
-    where the mask has only one's share.
+    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
+    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
+    update in all processes, where the mask has other rows.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -143,13 +144,12 @@ def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor
 def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dict[str, float]:
     """All optimizer steps of one rollout batch, whose rows have these advantages [N] -> metrics.
 
-    Rows whose advantage is 0 are skipped: they add nothing to the gradient, but still count in the
-    normaliser.
+    Rows whose advantage is 0 are skipped. They contribute no gradient but still count in the normaliser.
     """
     lengths, sums, norms = ro.lengths(), Sums(), []
-    live = [i for i, A in enumerate(advantages.tolist()) if A != 0]
+    live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # with one update the policy is still the one that sampled
+    old_logps = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
     if args.updates_per_rollout > 1:
         old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -157,12 +157,12 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
                 old_logps[batch] = score_rows(model, ro, batch, args)[0]
 
     model.train()  # for activation checkpointing; there is no dropout
-    for share in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, k in enumerate(my_share(range(args.prompts_per_step))) if k in share]
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens = total(len(rows), ro.mask[rows].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
-        for batch in microbatches(sorted({*rows} & {*live}), lengths, args.microbatch_tokens, sums):
+        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
             mask = ro.mask[batch]
             logps, entropy = score_rows(model, ro, batch, args)
             old = logps.detach() if old_logps is None else old_logps[batch]
@@ -199,9 +199,7 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt)
 
     def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        return {"eval/accuracy": held_out_accuracy(model, tokenizer, held_out, score, args)}
+        return held_out_accuracy(model, tokenizer, held_out, score, args)
 
     run.begin(model, tokenizer, optimizer, evaluate)
     for step in run.steps():
@@ -213,12 +211,12 @@ def main() -> None:
         # ---- rollout
         ro = rollout(model, tokenizer, [prompt(row) for row in rows], args)
         run.lap("rollout")
-        if run.stopped():  # the rollout is not whole: this step has not been
+        if run.stopped():  # the rollout was cut short, so this step is discarded
             break
 
         # ---- rewards and advantages
         rewards = score(ro.texts, rows)  # [N]
-        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G]
+        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
         run.lap("grade")
 

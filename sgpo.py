@@ -28,8 +28,9 @@ from common import (
     open_strategist, optimizer_step, parse_args, program, rank, read_jsonl, refuse, say_table, sft_warmup,
     token_values, total, warmup_split, write_jsonl)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples),
-# P prompt, C completion, V vocabulary.
+# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
+# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# row.
 
 
 # ---------------------------------------------------------------- flags
@@ -39,9 +40,9 @@ class Args(RunFlags):
     """algorithm"""
     # rollouts
     steps: int = flag(400, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
-    prompts_per_step: int = flag(16, "problems a step", "[1, inf)")
-    group_size: int = flag(8, "samples a problem without the strategy, G1", "[2, inf)")
-    guided_group_size: int = flag(4, "samples a problem with the strategy, G2", "[1, inf)")
+    prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
+    group_size: int = flag(8, "samples per problem without the strategy, G1", "[2, inf)")
+    guided_group_size: int = flag(4, "samples per problem with the strategy, G2", "[1, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
     top_p: float = flag(0.95, "nucleus sampling", "(0, 1]")
@@ -49,8 +50,8 @@ class Args(RunFlags):
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf)")
     clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides centred rewards")
-    autonomous_grpo: bool = flag(True, "ablation: --no_autonomous_grpo leaves the distillation alone")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
+    autonomous_grpo: bool = flag(True, "ablation: --no_autonomous_grpo trains by distillation only")
     # strategy distillation
     distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag("forward_kl", "Eq. 3; ablations")
     target: Literal["reachable", "all"] = flag("reachable", "Eq. 4; ablation: all of C (Eq. 2)")
@@ -67,7 +68,7 @@ class Args(RunFlags):
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "[0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
     # strategies
-    strategies: str = flag(None, "JSONL file, read if there and filled (default: strategies.jsonl in --out)")
+    strategies: str = flag(None, "JSONL file, read if it exists; new ones are appended (default: in --out)")
     strategist: str = flag(None, "hub id, directory, URL of a chat endpoint, or none (default: --model)")
     strategist_model: str = flag(None, "the endpoint's model; its key is read from OPENAI_API_KEY")
     strategist_max_new_tokens: int = flag(2048, "longest answer; more for one that thinks first", "[1, inf)")
@@ -78,9 +79,9 @@ class Args(RunFlags):
 
 
 def check_args(args: Args) -> None:
-    """What no single flag's interval can say."""
+    """Checks that involve more than one flag."""
     if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} needs as many --prompts_per_step")
+        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
     check_strategist(args)
 
 
@@ -88,7 +89,7 @@ def check_args(args: Args) -> None:
 
 @dataclass
 class Rollout:
-    prompts: list[list[int]]  # N prompts as they were sampled from, unpadded
+    prompts: list[list[int]]  # N prompts, unpadded
     completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
     mask: Tensor              # [N, C] True up to and including the first end token
     truncated: Tensor         # [N] True where no end token came
@@ -132,12 +133,12 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho = 1 whatever the weights, and advantages sum to 0 in a group: the
-    value says nothing, the gradient is A grad log pi all the same.
+    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
+    nothing; the gradient is still A grad log pi.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
+    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return loss * mask, clipped & mask
 
@@ -146,9 +147,9 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
                   tokens: float | None = None) -> Tensor:
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo: 1 /
-    (N max_new_tokens). Rows without signal count in N. `rows` and `tokens`: N and tokens of all processes,
-    where the mask has only one's share.
+    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
+    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
+    update in all processes, where the mask has other rows.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -207,36 +208,39 @@ def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
 @dataclass
 class Guidance:
     prompts: list[list[int]]  # N prompts as they were sampled from: guided rows' hold the strategy
-    correct: list[list[int]]  # a problem's correct guided samples, C: rows of the rollout
-    alpha: Tensor             # [b] alpha(q), 0 where C is empty
+    correct: list[list[int]]  # each problem's correct guided samples (the paper's C), as rows
+    alpha: Tensor             # [b] alpha(q), 0 where that is empty
 
 
 def guide(prompts: list[list[int]], rewards: Tensor, problems: list[dict],
           args: Args) -> tuple[Guidance, dict[str, float]]:
     """Candidates and weight of each of b problems, from the rewards [N] of both groups.
 
-    N is b x G1 autonomous rows, then G2 guided ones for each problem that has a strategy; the others count in
-    no mean.
+    N is b x G1 autonomous rows, then G2 guided ones for each problem with a strategy, as main laid them out.
+    Problems without a strategy are left out of the metrics. A reward of 0.5 or more is correct.
     """
     b, G1, G2 = len(problems), args.group_size, args.guided_group_size
-    groups = rewards[:b * G1].view(b, G1)
-    helped = torch.tensor([len(rewards) > b * G1 and "strategy" in row for row in problems])
-    correct, first = [[] for _ in problems], b * G1
-    for q in helped.nonzero()[:, 0].tolist():
-        correct[q] = [i for i in range(first, first + G2) if rewards[i] >= 0.5]
-        first += G2
-    p_auto, p_guided = (groups >= 0.5).float().mean(1), torch.tensor([len(C) / G2 for C in correct])
+    groups, next_row = rewards[:b * G1].view(b, G1), b * G1
+    has_strategy = torch.tensor([args.distill != "none" and "strategy" in row for row in problems])
+    correct = [[] for _ in problems]
+    for q in has_strategy.nonzero()[:, 0].tolist():
+        correct[q] = [i for i in range(next_row, next_row + G2) if rewards[i] >= 0.5]
+        next_row += G2
+    p_auto = (groups >= 0.5).float().mean(1)
+    p_guided = torch.tensor([len(rows) / G2 for rows in correct])
     if args.weight == "adaptive":
         alpha = adaptive_weight(p_guided, p_auto, args.alpha0, args.gamma, args.alpha_max)
     elif args.weight == "group_advantage":
         alpha = group_advantage_weight(groups, args.alpha_max)
     else:
         alpha = torch.full((b,), args.fixed_alpha)
-    no_target = torch.tensor([not C for C in correct])
+    no_target = torch.tensor([not rows for rows in correct])
     alpha = torch.where(no_target, 0.0, alpha)
-    n, *sums = total(helped.sum(), *(x[helped].sum() for x in (alpha, p_auto, p_guided, no_target)))
-    names = ("sgpo/alpha", "sgpo/p_auto", "sgpo/p_guided", "sgpo/no_target_frac")
-    return Guidance(prompts, correct, alpha), {name: x / n for name, x in zip(names, sums) if n}
+    shown = {"sgpo/alpha": alpha, "sgpo/p_auto": p_auto, "sgpo/p_guided": p_guided,
+             "sgpo/no_target_frac": no_target}
+    n, *sums = total(has_strategy.sum(), *(x[has_strategy].sum() for x in shown.values()))
+    metrics = {name: x / n for name, x in zip(shown, sums)} if n else {}
+    return Guidance(prompts, correct, alpha), metrics
 
 
 # ---------------------------------------------------------------- update
@@ -249,42 +253,51 @@ def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor
 
 def choose_targets(model, ro: Rollout, correct: dict[int, list[int]], lengths: list[int],
                    args: Args) -> dict[int, list[int]]:
-    """Eq. 4: a problem's correct guided samples -> a list of the one to distil; Eq. 2: all of them."""
+    """The rows to distil of each problem: one of its correct guided samples (Eq. 4), or all of them (Eq.
+    2)."""
     if args.target == "all":
         return correct
-    sums, rivals = {}, [i for C in correct.values() if len(C) > 1 for i in C]
+    sum_logps = {}
+    rivals = [i for rows in correct.values() if len(rows) > 1 for i in rows]  # a lone one needs no score
     with torch.no_grad():
         for batch in microbatches(rivals, lengths, args.microbatch_tokens):
-            sums |= zip(batch, score_rows(model, ro, batch, args)[0].sum(1).tolist())
-    return {q: [C[reachable_target(torch.tensor([sums.get(i, 0.0) for i in C]))]] for q, C in correct.items()}
+            logps, _ = score_rows(model, ro, batch, args)
+            sum_logps.update(zip(batch, logps.sum(1).tolist()))
+    chosen = {}
+    for q, rows in correct.items():
+        scores = torch.tensor([sum_logps.get(i, 0.0) for i in rows])
+        chosen[q] = [rows[reachable_target(scores)]]
+    return chosen
 
 
 def distances(model, ro: Rollout, guided: Rollout, batch: list[int], args: Args) -> Tensor:
-    """d_t [n, C] of Eq. 3, or -log pi (SFT ablation). The completion aligns prompts of different length."""
+    """d_t [n, C] of Eq. 3, or -log pi (SFT). Both prompts end in the same completion, so tokens line up."""
     if args.distill == "sft":
         return -score_rows(model, ro, batch, args)[0]
     kl, device = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[args.distill], ro.mask.device.type
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-        helped = as_forward(model, lambda: completion_hidden(model, *guided.rows(batch)))
+        guided_hidden = as_forward(model, lambda: completion_hidden(model, *guided.rows(batch)))
     with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-        return token_values(lambda *logits: (kl(*logits),), model, *ro.rows(batch), [], args.temperature,
-                            [helped])[0]
+        d, = token_values(lambda guided_logits, logits: (kl(guided_logits, logits),), model, *ro.rows(batch),
+                          told=[], temperature=args.temperature, other_hidden=[guided_hidden])
+    return d
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
            args: Args) -> dict[str, float]:
     """All optimizer steps of one rollout batch, whose autonomous rows have these advantages -> metrics.
 
-    Rows whose advantage is 0 are skipped: they add nothing to the gradient, but still count in the
-    normaliser. So are problems whose alpha is 0. Every row is scored under `ro.prompts`, without the
+    Rows whose advantage is 0 are skipped. They contribute no gradient but still count in the normaliser.
+    Problems whose alpha is 0 skip the distillation. Every row is scored under `ro.prompts`, without the
     strategy.
     """
     guided = replace(ro, prompts=guidance.prompts)
+    guided_lengths = guided.lengths()  # the longer side: distillation's micro-batches are cut by it
     delta = float("inf") if args.distill == "sft" else args.delta  # -log pi is no KL: nothing to clip
     lengths, sums, norms = ro.lengths(), Sums(), []
-    live = [i for i, A in enumerate(advantages.tolist()) if A != 0]
+    live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # with one update the policy is still the one that sampled
+    old_logps = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
     if args.updates_per_rollout > 1:
         old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -292,12 +305,12 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
                 old_logps[batch] = score_rows(model, ro, batch, args)[0]
 
     model.train()  # for activation checkpointing; there is no dropout
-    for share in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, k in enumerate(my_share(range(args.prompts_per_step))) if k in share]
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens, n_problems = total(len(rows), ro.mask[rows].sum(), len(problems))
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
-        for batch in microbatches(sorted({*rows} & {*live}), lengths, args.microbatch_tokens, sums):
+        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
             mask = ro.mask[batch]
             logps, entropy = score_rows(model, ro, batch, args)
             old = logps.detach() if old_logps is None else old_logps[batch]
@@ -311,10 +324,10 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
         correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
         targets = choose_targets(model, ro, correct, lengths, args)
         kd_weights = torch.zeros(len(ro.mask), device=ro.mask.device)
-        for q, C in targets.items():
-            for i in C:
-                kd_weights[i] = guidance.alpha[q] / (n_problems * len(C) * ro.mask[i].sum())
-        for batch in microbatches(sum(targets.values(), []), lengths, args.microbatch_tokens, sums):
+        for q, chosen in targets.items():
+            for i in chosen:
+                kd_weights[i] = guidance.alpha[q] / (n_problems * len(chosen) * ro.mask[i].sum())
+        for batch in microbatches(sum(targets.values(), []), guided_lengths, args.microbatch_tokens, sums):
             d = distances(model, ro, guided, batch, args)
             loss = (clip_kl(d, delta) * kd_weights[batch, None]).sum()
             loss.backward()
@@ -322,8 +335,11 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
         norms.append(optimizer_step(model, optimizer, args.max_grad_norm))
     model.eval()
     sums = sums.of_all()
-    kl = {"sgpo/kl": sums["kl"], "sgpo/kl_clipped_frac": sums["kl_clipped"]} if sums["kl_tokens"] else {}
-    return sums.metrics(norms) | {name: x / sums["kl_tokens"] for name, x in kl.items()}
+    metrics = sums.metrics(norms)
+    if sums["kl_tokens"]:
+        metrics["sgpo/kl"] = sums["kl"] / sums["kl_tokens"]
+        metrics["sgpo/kl_clipped_frac"] = sums["kl_clipped"] / sums["kl_tokens"]
+    return metrics
 
 
 # ---------------------------------------------------------------- main
@@ -348,7 +364,7 @@ def main() -> None:
     run.create()
     if waiting:
         add_strategies(waiting, model, tokenizer, path, fits, run, args)
-        adopt_strategies(train, [], path, fits, args)
+        adopt_strategies(train, [], path, fits, args)  # the new ones
     if args.extract_only:
         return
     sft_warmup(model, tokenizer, warmup, run, args)
@@ -358,13 +374,8 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)
 
     def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        found = {"eval/accuracy": held_out_accuracy(model, tokenizer, held_out, score, args)}
-        if all("strategy" in row for row in held_out):
-            guided = held_out_accuracy(model, tokenizer, held_out, score, args, guided=True)
-            found["eval/accuracy_guided"] = guided
-        return found
+        alone = held_out_accuracy(model, tokenizer, held_out, score, args)
+        return alone | held_out_accuracy(model, tokenizer, held_out, score, args, guided=True)
 
     run.begin(model, tokenizer, optimizer, evaluate)
     for step in run.steps():
@@ -372,25 +383,26 @@ def main() -> None:
         problems = my_share(batch_of_step(train, step, args.prompts_per_step, args.seed))  # b of B
         rows = [row for row in problems for _ in range(args.group_size)]  # N, a problem's side by side
         n_auto = len(rows)
-        if args.distill != "none":  # then the guided ones
+        if args.distill != "none":  # then the guided ones, in the order in which `guide` takes them
             rows += [{**row, "guided": True} for row in problems if "strategy" in row
                      for _ in range(args.guided_group_size)]
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
 
         # ---- rollout
-        guided_prompts = [prompt(row, row["strategy"] if "guided" in row else None) for row in rows]
-        ro = rollout(model, tokenizer, guided_prompts, args)
+        sampled_prompts = [prompt(row, row["strategy"] if "guided" in row else None) for row in rows]
+        ro = rollout(model, tokenizer, sampled_prompts, args)
         run.lap("rollout")
-        if run.stopped():  # the rollout is not whole: this step has not been
+        if run.stopped():  # the rollout was cut short, so this step is discarded
             break
 
         # ---- rewards and advantages
         rewards = score(ro.texts, rows)  # [N]
-        groups = all_shares(rewards[:n_auto].view(len(problems), args.group_size))  # [B, G]
+        groups = all_shares(rewards[:n_auto].view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [n_auto]
-        advantages = advantages * args.autonomous_grpo
-        guidance, guided_metrics = guide(guided_prompts, rewards, problems, args)
-        ro = replace(ro, prompts=[prompt(row) for row in rows])  # from here on every row is scored without
+        if not args.autonomous_grpo:
+            advantages = torch.zeros_like(advantages)
+        guidance, guided_metrics = guide(sampled_prompts, rewards, problems, args)
+        ro = replace(ro, prompts=[prompt(row) for row in rows])  # from here on all is scored without
         run.lap("grade")
 
         # ---- update
@@ -453,7 +465,7 @@ def check_strategist(args: Args) -> None:
     if is_url and not args.strategist_model:
         refuse(f"--strategist {args.strategist} is an endpoint: name its model with --strategist_model")
     if is_url:
-        open_strategist(args, None, None)  # the openai package is there, and the key is one
+        open_strategist(args, None, None)  # fails early if openai is missing or the key is malformed
     if args.strategist_model and not is_url:
         refuse(f"--strategist_model {args.strategist_model} is asked at an endpoint: give its address, "
                "http(s)://HOST:PORT/v1, as --strategist")
@@ -463,7 +475,7 @@ def check_strategist(args: Args) -> None:
 
 
 def said_after_thinking(answer: str) -> str:
-    """An answer without what was thought before it; nothing where the thought never ended."""
+    """Strip the <think> part; empty if it never closes."""
     answer = answer.rpartition("</think>")[2]
     return "" if "<think>" in answer else answer
 
@@ -506,10 +518,11 @@ def extract(rows: list[dict], ask, fits, args: Args) -> list[dict]:
     answers = iter(ask(prompts, 1.0))
     drafts = [[judge(next(answers), row, fits) for _ in range(n)] for row in rows]
     good = [[c for c in candidates if "rejected" not in c] for candidates in drafts]
-    for row, candidates in zip(rows, good):
-        listed = "\n\n".join(f"Strategy {k}:\n{c['strategy']}" for k, c in enumerate(candidates, 1))
-        questions += [SCORING_PROMPT.format(n=len(candidates), problem=row["problem"], answer=row["answer"],
-                                            strategies=listed)] * bool(candidates)
+    for row, rivals in zip(rows, good):
+        listed = "\n\n".join(f"Strategy {k}:\n{c['strategy']}" for k, c in enumerate(rivals, 1))
+        if rivals:
+            questions.append(SCORING_PROMPT.format(n=len(rivals), problem=row["problem"],
+                                                   answer=row["answer"], strategies=listed))
     verdicts, results = iter(ask(questions, 0.0)), []
     for row, candidates, rivals in zip(rows, drafts, good):
         for c, value in zip(rivals, parse_scores(next(verdicts), len(rivals)) if rivals else []):
@@ -613,7 +626,7 @@ def add_strategies(waiting: list[dict], model, tokenizer, path: Path, fits, run:
             bar.update()
     if run.stopped():
         run.stop("extracting strategies")
-    grader_counts()  # the leak check's belong to no step
+    grader_counts()  # reset: the leak check's verdicts belong to no step
     say_quality([entry for entry in read_strategies(path).values() if "candidates" in entry])
 
 

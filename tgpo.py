@@ -26,8 +26,9 @@ from common import (
     parse_args, program, rank, refuse, say_table, seed_everything, sft_warmup, shard, stop_ids,
     token_values, total, warmup_split, world, write_atomic)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples),
-# P prompt, C completion, V vocabulary.
+# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
+# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# row.
 
 
 # ---------------------------------------------------------------- flags
@@ -46,7 +47,7 @@ class Args(RunFlags):
     # rollouts
     warmup_frac: float = flag(0.0, "share of the problems for the warm-up; TGPO's paper has none", "[0, 1]")
     steps: int = flag(300, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
-    prompts_per_step: int = flag(16, "problems a step", "[1, inf)")
+    prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(8, "samples a problem", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
@@ -55,7 +56,7 @@ class Args(RunFlags):
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf)")
     clip_high: float = flag(0.2, "ratio clipped above 1 + clip_high", "[0, inf)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides centred rewards")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
     entropy_bonus: float = flag(0.0, "times the mean entropy, subtracted (the authors: 0.001)", "[0, inf)")
     # guidance
     teacher: str = flag(None, "hub id or local directory; with the demo model: demo, or demo-same-style")
@@ -77,7 +78,7 @@ class Args(RunFlags):
 
 
 def check_args(args: Args) -> None:
-    """What no single flag's interval can say, and the paper's constants of each guidance."""
+    """Checks that involve more than one flag, and the paper's constants of each guidance."""
     for name, value in zip(("coefficient", "coefficient_fall", "reward_weight"), GUIDANCE[args.guidance]):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -94,14 +95,14 @@ def check_args(args: Args) -> None:
     if args.teacher is None and (args.guidance != "none" or args.measure_divergence):
         refuse("--teacher is missing: name a hub id or directory, or train without one with --guidance none")
     if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} needs as many --prompts_per_step")
+        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
 
 
 # ---------------------------------------------------------------- rollout
 
 @dataclass
 class Rollout:
-    prompts: list[list[int]]  # N prompts as they were sampled from, unpadded
+    prompts: list[list[int]]  # N prompts, unpadded
     completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
     mask: Tensor              # [N, C] True up to and including the first end token
     truncated: Tensor         # [N] True where no end token came
@@ -145,12 +146,12 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho = 1 whatever the weights, and advantages sum to 0 in a group: the
-    value says nothing, the gradient is A grad log pi all the same.
+    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
+    nothing; the gradient is still A grad log pi.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]
     rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = (rho > 1 + clip_high) & (A > 0) | (rho < 1 - clip_low) & (A < 0)
+    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
     loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
     return loss * mask, clipped & mask
 
@@ -159,9 +160,9 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
                   tokens: float | None = None) -> Tensor:
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo: 1 /
-    (N max_new_tokens). Rows without signal count in N. `rows` and `tokens`: N and tokens of all processes,
-    where the mask has only one's share.
+    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
+    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
+    update in all processes, where the mask has other rows.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -415,7 +416,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     """
     guidance, advantages = args.guidance if coef else "none", advantages * args.reward_weight
     lengths, sums, norms = ro.lengths(), Sums(), []
-    live = [i for i, A in enumerate(advantages.tolist()) if A or guidance != "none" or args.entropy_bonus]
+    live = {i for i, A in enumerate(advantages.tolist()) if A or guidance != "none" or args.entropy_bonus}
     advantages = advantages.to(ro.mask.device)
     advice = teacher.advise(ro, live) if teacher else None
     taught = ro.mask  # [N, C] where the guidance has something to say: labels the student lacks are dropped
@@ -423,7 +424,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         taught = ro.mask & (advice.labels >= 0)
     elif guidance in ("rkl", "kdrl"):
         taught = ro.mask & (ro.completions < teacher.shared)
-    old_scores = None  # with one update the policy is still the one that sampled
+    old_scores = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
     if args.updates_per_rollout > 1:
         old_scores = torch.zeros(4, *ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -432,13 +433,13 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
                 old_scores[:, batch] = torch.stack(scores)
 
     model.train()  # for activation checkpointing; there is no dropout
-    for share in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, k in enumerate(my_share(range(args.prompts_per_step))) if k in share]
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens, n_taught = total(len(rows), ro.mask[rows].sum(), taught[rows].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
         taught_weights = token_weights(taught, args.loss_type, args.max_new_tokens, n_rows, n_taught)
-        for batch in microbatches(sorted({*rows} & {*live}), lengths, args.microbatch_tokens, sums):
+        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
             mask, ids = ro.mask[batch], ro.completions[batch]
             scores = score_rows(model, ro, batch, teacher, advice, guidance, args)
             logps, entropy, near, guide = scores
@@ -532,9 +533,7 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt)
 
     def evaluate() -> dict[str, float]:
-        if not held_out:
-            return {}
-        return {"eval/accuracy": held_out_accuracy(model, tokenizer, held_out, score, args)}
+        return held_out_accuracy(model, tokenizer, held_out, score, args)
 
     if args.measure_divergence:
         some = my_share(((held_out or train) * args.measure_divergence)[:args.measure_divergence])
@@ -551,12 +550,12 @@ def main() -> None:
         # ---- rollout
         ro = rollout(model, tokenizer, [prompt(row) for row in rows], args)
         run.lap("rollout")
-        if run.stopped():  # the rollout is not whole: this step has not been
+        if run.stopped():  # the rollout was cut short, so this step is discarded
             break
 
         # ---- rewards and advantages
         rewards = score(ro.texts, rows)  # [N]
-        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G]
+        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
         run.lap("grade")
 

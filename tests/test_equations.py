@@ -172,7 +172,7 @@ def test_guide_builds_candidates_and_weights():
     assert guide(weight="fixed", fixed_alpha=0.7)[0].alpha.tolist() == pytest.approx([0.7, 0, 0, 0.7])
     last = 0.2 / (np.std([1, 1, 1, 0, 1], ddof=1) + 1e-6)
     assert guide(weight="group_advantage")[0].alpha.tolist() == pytest.approx([0.8, 0, 0, last])
-    guidance, metrics = guide(16)  # none was guided
+    guidance, metrics = guide(16, distill="none")  # none was guided
     assert guidance.correct == [[]] * 4 and guidance.alpha.tolist() == [0] * 4 and metrics == {}
 
 
