@@ -107,18 +107,19 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         join_processes()
         try:
             main()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # nothing is retried: FSDP2 is broken after an aborted backward pass
             refuse("out of GPU memory: lower --microbatch_tokens (training) or --generation_batch_size "
-                   "(sampling), or add --activation_checkpointing or --cpu_offload; --resume goes on",
-                   alone=True)
+                   "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", alone=True)
         except BrokenPipeError:  # python sgpo.py | head
             os._exit(1)
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
             full = re.search("No space left|File too large|Read-only file system", str(error))
-            if full or isinstance(error, OSError) and error.filename:
-                name, why = getattr(error, "filename", None) or "--out", full[0] if full else error.strerror
-                refuse(f"{name}: cannot be used ({why}); what was saved before is whole: make room or choose "
-                       "another place, and go on with --resume", alone=True)
+            name = getattr(error, "filename", None) or "--out"
+            if full:
+                refuse(f"{name}: cannot be written ({full[0]}); what was saved before is whole: make room "
+                       "and go on from it", alone=True)
+            if isinstance(error, OSError) and error.filename:
+                refuse(f"{name}: cannot be used ({error.strerror})", alone=True)
             if world() > 1 and re.search("(?i)gloo|nccl|connection|peer", str(error)):
                 refuse("another process has died; its own message says why. --resume goes on")
             raise

@@ -44,7 +44,8 @@ class Args:
     temperature: float = flag(0.6, "sampling temperature (the papers'); 0: greedy, with --k 1", "[0, inf)")
     top_p: float = flag(0.95, "nucleus sampling (SGPO's; TGPO evaluates at 1)", "(0, 1]")
     max_new_tokens: int = flag(4096, "longest completion; more if many are cut off (papers: 32K)", "[1, inf)")
-    batch_size: int = flag(64, "completions written at once; fewer when memory is short", "[1, inf)")
+    generation_batch_size: int = flag(64, "completions written at once; fewer when memory is short",
+                                      "[1, inf)")
     seed: int = flag(0, "seed of sampling and bootstrap", "[0, inf)")
     system_prompt: str = flag(SYSTEM_PROMPT, "system message; empty for none")
 
@@ -139,7 +140,7 @@ def sample_batch(model, tokenizer, title: str, start: int, rows: list[dict], arg
     seed_everything(args.seed, title, start)
     prompts = [row["prompt"] for row in rows]
     _, mask, truncated, texts = complete(model, tokenizer, prompts, args.max_new_tokens, args.temperature,
-                                         args.top_p, args.batch_size)
+                                         args.top_p, args.generation_batch_size)
     grades = grade_batch(texts, [row["answer"] for row in rows])
     found = zip(rows, texts, grades, mask.sum(1).tolist(), truncated.tolist(), strict=True)
     return [{"benchmark": title, "id": row["id"], "sample": row["sample"], "correct": grade >= 0.5,
@@ -156,7 +157,7 @@ def sample_rest(model, tokenizer, parts: Parts, path: Path, args: Args) -> Parts
         for title, rows in parts.items():
             while len(done[title]) < len(rows) and not stop_asked():
                 start = len(done[title])
-                some = rows[start:start + args.batch_size]
+                some = rows[start:start + args.generation_batch_size]
                 batch = sample_batch(model, tokenizer, title, start, some, args)
                 if stop_asked():  # it is not whole
                     break
@@ -303,7 +304,7 @@ def evaluate(args: Args) -> None:
     config = {"script": "eval_math", "flags": asdict(args), "inputs": inputs(args, parts),
               "command": sys.argv, **versions()}
     # another batch_size draws other random numbers, as good as those: memory may have run out
-    check_directory(out, config, {"out", "compare", "batch_size"}, resume=None)
+    check_directory(out, config, {"out", "compare", "generation_batch_size"}, resume=None)
     if path.exists() and json.loads((out / "config.json").read_text()).get("inputs") != config["inputs"]:
         refuse(f"--out {out} has results of other problems, strategies or weights; choose another directory")
     if (out / "results.json").exists():

@@ -89,7 +89,7 @@ def test_every_number_by_hand(evaluate, tmp_path, monkeypatch, capsys):
                          "\\boxed{3}", "\\boxed{2}", "\\boxed{3}", "too long to end it",  # 1 of 4, wrong
                          "none", "none", "none", "none", *["\\boxed{\\frac{1}}"] * 4])  # no vote; none right
     data = write_rows(tmp_path / "sums.jsonl", [{**row, "id": "same"} for row in rows])
-    assert evaluate(data, "out", "--batch_size", 5, "--max_new_tokens", 18) == 0
+    assert evaluate(data, "out", "--generation_batch_size", 5, "--max_new_tokens", 18) == 0
     result = results(tmp_path / "out")["sums.jsonl"]
     assert (result["k"], result["problems"], result["avg@k"]) == (4, 4, (0.5 + 0.25 + 0 + 0) / 4)
     assert result["avg@k_interval"] == pytest.approx((0, 0.4), abs=0.05)
@@ -112,7 +112,7 @@ def test_every_number_by_hand(evaluate, tmp_path, monkeypatch, capsys):
 def test_settings_reach_the_sampler_and_prompts_are_the_trainings(evaluate, file, monkeypatch):
     calls, true = [], common.generate
     monkeypatch.setattr(common, "generate", lambda *args: calls.append(args[2:6]) or true(*args))
-    assert evaluate(file, "out", "--k", 3, "--top_p", 0.7, "--temperature", 0.9, "--batch_size", 6,
+    assert evaluate(file, "out", "--k", 3, "--top_p", 0.7, "--temperature", 0.9, "--generation_batch_size", 6,
                     "--system_prompt", "Think.") == 0
     prompts, *settings = calls[0]
     assert settings == [12, 0.9, 0.7] and [len(call[0]) for call in calls] == [6, 6, 6, 3]
@@ -124,7 +124,7 @@ def test_settings_reach_the_sampler_and_prompts_are_the_trainings(evaluate, file
 def test_draws_depend_on_seed_benchmark_and_batch_and_on_nothing_else(evaluate, file, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", problems(1, "Now tell me, what"))  # the file's longest
     hints = write_rows(tmp_path / "s.jsonl", [{**row, "strategy": "Double it."} for row in problems(7)])
-    settings = ["--k", 6, "--batch_size", 2]
+    settings = ["--k", 6, "--generation_batch_size", 2]
     assert evaluate(file, "alone", *settings) == 0 and evaluate(other, "other", *settings, "--seed", 1) == 0
     assert evaluate(f"{other},{file}", "both", *settings, "--strategies", hints) == 0
     alone, one, both = (read_jsonl(tmp_path / x / "generations.jsonl") for x in ("alone", "other", "both"))
@@ -196,7 +196,7 @@ def killed_in_its_third_write(argv: list):
 
 def test_resumed_from_anywhere_equals_uninterrupted(evaluate, file, tmp_path):
     hints = write_rows(tmp_path / "s.jsonl", [{"id": str(i), "strategy": "Double it."} for i in range(3)])
-    settings = ["--k", 3, "--batch_size", 4, "--strategies", hints]
+    settings = ["--k", 3, "--generation_batch_size", 4, "--strategies", hints]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert evaluate(file, "whole", *settings) == 0
     child = Child(killed_in_its_third_write, [whole / "config.json", "--out", broken])
@@ -223,7 +223,7 @@ def test_finished_batches_are_kept(code, size, evaluate, file, tmp_path, monkeyp
         return true(model, tokenizer, prompts, *rest)
 
     monkeypatch.setattr(common, "generate", generate)
-    assert evaluate(file, "out", "--k", 2, "--batch_size", 4) == code
+    assert evaluate(file, "out", "--k", 2, "--generation_batch_size", 4) == code
     said = capsys.readouterr()
     if code == 130:
         goes_on = f"8 of 14 completions; the same command with --out {tmp_path / 'out'} goes on\n"
@@ -231,7 +231,7 @@ def test_finished_batches_are_kept(code, size, evaluate, file, tmp_path, monkeyp
     else:
         assert "out of GPU memory" in said.err and said.err.count("\n") == 1
     assert not (tmp_path / "out" / "results.json").exists()
-    assert evaluate(file, "out", "--k", 2, "--batch_size", size) == 0
+    assert evaluate(file, "out", "--k", 2, "--generation_batch_size", size) == 0
     assert sizes == [4, 4, 4, *([4, 2] if size == 4 else [3, 3])]
     assert "8 of them are there already" in capsys.readouterr().out
 
@@ -332,7 +332,8 @@ BAD_STRATEGIES = [{"problem": "What is 0 + 0?"}, [1], {"strategy": "s"}, {"probl
     ("--benchmarks sums.jsonl,./sums.jsonl", "there is a sums.jsonl"), ("--k few", "--k"),
     ("--k 0", "--k is 0; it must be in [1, inf)"), ("--temperature 0", "add --k 1"), ("--top_p 0", "--top_p"),
     ("--temperature -1", "--temperature"), ("--temperature inf", "--temperature"), ("--seed -1", "--seed"),
-    ("--batch_size 0", "--batch_"), ("--max_new_tokens 0", "--max_"), ("--max_new_tokens 4090", "exceeds"),
+    ("--generation_batch_size 0", "is 0"), ("--max_new_tokens 0", "--max_"),
+    ("--max_new_tokens 4090", "exceeds"),
     ("--model ./missing", "no such directory"), ("--model half", "no causal language model can be loaded"),
     ("--strategies own", "no problem of the benchmarks"), ("--strategies missing.jsonl", "no such file"),
     ("--strategies 0.jsonl", "line 1: a row must have a"), ("--strategies 1.jsonl", "a row must have"),

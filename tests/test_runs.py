@@ -324,7 +324,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(model_dirs, rows_file, tmp_pa
                         "--steps", 2, "--save_every", 1), tmp_path / "run"
     assert Child(on_a_small_disk, argv, run, said=tmp_path / "said").ended() == 2
     err = (tmp_path / "said.err").read_text()
-    assert err.count("\n") == 1 and "cannot be used" in err and "--resume" in err
+    assert err.count("\n") == 1 and "cannot be written" in err and "make room" in err
     assert not (run / "model").exists() and not list((run / "checkpoints").iterdir())
     assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", run, "--resume"]).ended() == 0
 
