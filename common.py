@@ -644,7 +644,8 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
         model = AutoModelForCausalLM.from_pretrained(
             model_path(name, flag), config=config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        refuse(f"{flag} {name}: no causal language model can be loaded from it ({first_line(error)})")
+        why = first_line(error)
+        refuse(f"{flag} {name}: no causal language model can be loaded from it ({why})", alone=True)
     model.to(device or home)
     inputs = {"input_ids": torch.arange(8, device=model.device)[None] % config.get_text_config().vocab_size}
     training, sampling = (model.train(mode)(**inputs).logits.float() for mode in (True, False))
@@ -669,6 +670,7 @@ def load_policy(args: Any):
     if args.activation_checkpointing:  # renamed in transformers 5.23
         old = "gradient_checkpointing_enable"
         getattr(model, "activation_checkpointing_enable", getattr(model, old, None))()
+    model.samples_in_bf16 = args.bf16 and not sharded  # FSDP2 has bf16 weights of its own
     return shard(model, args.bf16, args.cpu_offload) if sharded else model
 
 
@@ -716,7 +718,7 @@ def device_of(model) -> torch.device:
 
 @contextmanager
 def rollout_weights(model) -> Iterator[torch.nn.Module]:
-    """The whole model for `generate`, as it is now. On a GPU in bf16: half the bytes to read for every token.
+    """The whole model for `generate`, as it is now; with --bf16 in half the bytes to read for every token.
 
     A sharded model is gathered once, so that processes may write different numbers of tokens.
     """
@@ -725,8 +727,7 @@ def rollout_weights(model) -> Iterator[torch.nn.Module]:
         part.set_reshard_after_forward(False)
         part.unshard()
     try:
-        wide = model.device.type == "cuda" and model.dtype == torch.float32
-        yield bf16_copy(model) if wide and not parts else model
+        yield bf16_copy(model) if getattr(model, "samples_in_bf16", False) else model
     finally:
         for part in parts:
             part.reshard()
@@ -1002,14 +1003,14 @@ class OverVocabulary(torch.autograd.Function):
 
     @staticmethod
     def chunks(settings: tuple, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Iterator:
-        """(a slice of the tokens, their hidden states, their logits, what else fn takes) of each chunk."""
+        """(a slice of the tokens, hidden states, logits, what else fn takes, the head) of each chunk."""
         temperature, size, dtype, n = settings
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         for start in range(0, max(len(tensors[0]), 1), size):
             chunk = slice(start, start + size)
             hiddens = [h[chunk].to(dtype) for h in tensors[:n]]
             logits = [torch.nn.functional.linear(h, weight, bias).float().div_(temperature) for h in hiddens]
-            yield chunk, hiddens, logits, [x[chunk] for x in tensors[n:]]
+            yield chunk, hiddens, logits, [x[chunk] for x in tensors[n:]], weight
 
     @staticmethod
     def forward(ctx, fn, settings, weight, bias, *tensors):
@@ -1017,7 +1018,7 @@ class OverVocabulary(torch.autograd.Function):
         ctx.save_for_backward(weight, bias, *tensors)
         ctx.set_materialize_grads(False)
         chunks = OverVocabulary.chunks(settings, weight, bias, tensors)
-        parts = [fn(*logits, *rest) for _, _, logits, rest in chunks]
+        parts = [fn(*logits, *rest) for _, _, logits, rest, _ in chunks]
         out = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         ctx.mark_non_differentiable(*[x for x in out if not x.is_floating_point()])
         return out
@@ -1031,7 +1032,7 @@ class OverVocabulary(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[2] else None
         of_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[3] else None
         of_hiddens = [torch.zeros_like(h) for h in tensors[:n]]
-        for chunk, hiddens, logits, rest in OverVocabulary.chunks(ctx.settings, weight, bias, tensors):
+        for chunk, hiddens, logits, rest, head in OverVocabulary.chunks(ctx.settings, weight, bias, tensors):
             with torch.enable_grad():
                 out = ctx.fn(*[x.requires_grad_() for x in logits], *rest)
             asked = [(x, g[chunk]) for x, g in zip(out, grads) if g is not None and x.requires_grad]
@@ -1042,7 +1043,7 @@ class OverVocabulary(torch.autograd.Function):
                 if d is None:
                     continue
                 d = d.div_(temperature).to(dtype)
-                of_hidden[chunk] = d @ weight.to(dtype)
+                of_hidden[chunk] = d @ head
                 if of_weight is not None and of_weight.dtype == dtype:
                     of_weight.addmm_(d.T, hidden)
                 elif of_weight is not None:
@@ -1310,14 +1311,15 @@ class Run:
     def begin(self, model, tokenizer, optimizer, evaluate: Callable[[], dict[str, float]]) -> None:
         """What is saved and how to evaluate it; a resumed run goes back to its newest whole checkpoint."""
         self.model, self.tokenizer, self.optimizer, self.evaluate = model, tokenizer, optimizer, evaluate
-        found, damaged = self.checkpoints(), []
-        while found and not self.step:
+        loaded, damaged = None, []
+        for folder in reversed(self.checkpoints()):
             try:
-                self.step = load_state(found[-1], model, optimizer)["step"]
-            except (Exception, dcp.api.CheckpointException) as error:  # it depends on what is missing
-                print(f"{found[-1]} cannot be read ({type(error).__name__}): going back to the one before")
-                damaged.append(found.pop())
-        if damaged and not found:
+                self.step, loaded = load_state(folder, model, optimizer)["step"], folder
+                break
+            except (FileNotFoundError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+                print(f"{folder} cannot be read ({type(error).__name__}): going back to the one before")
+                damaged.append(folder)
+        if damaged and not loaded:
             refuse(f"{self.dir / 'checkpoints'}: none can be read; remove them to begin again")
         barrier()
         for folder in damaged if rank() == 0 else ():
@@ -1327,19 +1329,21 @@ class Run:
             path = self.dir / f"{name}.jsonl"
             if not path.exists():
                 continue
-            rows = [row for _, row in read_jsonl(path, cut_by_kill=True) if row["step"] <= self.step
-                    and found]
+            rows = [row for _, row in read_jsonl(path, cut_by_kill=True)]
+            rows = [row for row in rows if loaded and row["step"] <= self.step]
             if name == "metrics" and rows:
                 self.metrics = rows[-1]
-                rows = rows[:-1] if self.evaluation_is_due() else rows  # a stop has cut it off: made up for
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.metrics = of_all_processes(self.metrics)[0]
+        self.is_written = len(self.metrics) > 1
+        self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
 
     def evaluation_is_due(self) -> bool:
-        """At the first and last step and every --eval_every, unless it has been done."""
-        step, every = self.metrics["step"], self.args.eval_every
+        """At the first and last step and every --eval_every, unless it has been done. A stop may have cut it
+        off."""
+        step, every = self.step, self.args.eval_every
         due = step == 0 or step == self.args.steps or every and step % every == 0
-        return bool(due) and not any(name.startswith("eval/") for name in self.metrics)
+        return bool(due) and not self.is_evaluated
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, 1-based, each with random numbers of its own."""
@@ -1372,7 +1376,8 @@ class Run:
         groups, lengths, cut = (all_shares(x[alone].float().view(problems, -1))
                                 for x in (rewards, ro.mask.sum(1), ro.truncated))
         outcomes = grader_counts()
-        self.step, self.metrics = step, {
+        self.step, self.is_written, self.is_evaluated = step, False, False
+        self.metrics = {
             "step": step, "reward": groups.mean().item(), "reward_std": groups.std(1).mean().item(),
             "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
             "completions/mean_length": lengths.mean().item(), "completions/clipped_ratio": cut.mean().item(),
@@ -1402,10 +1407,15 @@ class Run:
         if self.evaluation_is_due():
             self.bar.set_description("evaluating")
             found = self.evaluate()
-            if not stop_asked():  # else it is not whole
+            if not (found and stop_asked()):  # else it is not whole
                 self.metrics |= found
-        if rank() == 0 and len(self.metrics) > 1:
-            write_jsonl(self.dir / "metrics.jsonl", [self.metrics])
+                self.is_evaluated = True
+        path = self.dir / "metrics.jsonl"
+        if rank() == 0 and self.is_written:  # by a run that a stop ended before its evaluation
+            rows = [row for _, row in read_jsonl(path)][:-1] + [self.metrics]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        elif rank() == 0 and len(self.metrics) > 1:
+            write_jsonl(path, [self.metrics])
         failed = self.metrics.get("nonfinite_updates") and not self.metrics["updates"]
         self.nonfinite = self.nonfinite + 1 if failed else 0
         if self.nonfinite == self.MAX_NONFINITE:
@@ -1452,11 +1462,13 @@ def check_directory(folder: Path, config: dict, may_differ: set[str], resume: bo
     """
     try:
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryDirectory(dir=nearest):  # where nothing can be made, that is said now
-            pass
         begun = there - {"config.json", "lock", "checkpoints"} or list(folder.glob("checkpoints/*"))
-        old = json.loads((folder / "config.json").read_text()) if begun and "config.json" in there else None
+        wanted = "config.json" in there and (begun or resume)  # a run that has done nothing may begin anew
+        old = json.loads((folder / "config.json").read_text()) if wanted else None
+        barrier()  # all have looked
+        if rank() == 0:  # where nothing can be made, that is said now
+            nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            tempfile.TemporaryDirectory(dir=nearest).cleanup()
         before = {"script": old["script"], **old["flags"]} if old else {}
     except OSError as error:
         refuse(f"--out {folder}: cannot be used ({error.strerror or error})")
@@ -1534,6 +1546,8 @@ def load_state(folder: Path, model, optimizer) -> dict:
     set_model_state_dict(model, state["model"])
     if about["stepped"]:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    else:
+        optimizer.state.clear()  # what reading a damaged folder may have left
     return about
 
 
@@ -1629,7 +1643,8 @@ class Endpoint:
         except kinds.APIError as error:
             status = getattr(error, "status_code", 500)  # none: no connection, or no answer in time
             if status in (400, 413, 422):
-                return self.no_answer("refused by the strategist", error, self.FAILURES)
+                most = sys.maxsize if self.answered else self.FAILURES
+                return self.no_answer("refused by the strategist", error, most)
             passing = status in (408, 409, 429) or status >= 500  # else it is the key, the model, the address
             return self.no_answer("no answer", error, self.FAILURES if passing and self.answered else 1)
         except Exception as error:  # what came is no chat answer
@@ -1869,7 +1884,7 @@ def build_demo_teacher(folder: Path, style: str) -> None:
 def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
     """Directory of a built-in model, made at the first call and kept under a name made of its recipe."""
     makers = (build_demo, build_demo_teacher, warm_start, demo_solution, demo_ids, demo_strategy, demo_rows,
-              demo_tokenizer)
+              demo_tokenizer, build_prompt)
     constants = recipe, DEMO_CHOICES, DEMO_KINDS, DEMO_TEACHERS, DEMO_STEPS
     source = "".join(map(inspect.getsource, makers)) + repr(constants)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
@@ -1878,8 +1893,10 @@ def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
         unfinished = cache / f"unfinished-{name}-{os.getpid()}"
         unfinished.mkdir(parents=True)
         build(unfinished)
-        if not final.exists():  # another process may have built it meanwhile
+        try:
             unfinished.rename(final)
+        except OSError:  # another process has built it meanwhile
+            shutil.rmtree(unfinished)
     return final
 
 

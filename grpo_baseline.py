@@ -48,7 +48,7 @@ class Args(RunFlags):
     lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
 
 

@@ -65,7 +65,7 @@ class Args(RunFlags):
     lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
     # strategies
     strategies: str = flag(None, "JSONL file, read if it exists; new ones are appended (default: in --out)")
@@ -579,9 +579,8 @@ def adopt_strategies(train: list[dict], held_out: list[dict], path: Path, fits, 
     A row for which an extraction found nothing is tried again with another strategist, or where an endpoint
     fell silent.
     """
-    if args.distill == "none" or not (args.steps or args.extract_only):
-        return []
-    found, me = read_strategies(path), strategist_of(args)
+    extracting = args.distill != "none" and (args.steps or args.extract_only)
+    found, me = read_strategies(path) if extracting else {}, strategist_of(args)
     for row in train:
         if "strategy" not in row and found.get(row["problem"], {}).get("strategy"):
             row["strategy"] = found[row["problem"]]["strategy"]
@@ -590,6 +589,8 @@ def adopt_strategies(train: list[dict], held_out: list[dict], path: Path, fits, 
         del row["strategy"]
     if long:
         print(f"dropped {len(long)} strategies: with them the prompt is too long, first: id {long[0]['id']}")
+    if not extracting:
+        return []
 
     def settled(entry: dict) -> bool:
         silent = any(c.get("rejected") == "no answer" for c in entry.get("candidates", ()))

@@ -73,7 +73,7 @@ class Args(RunFlags):
     lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
 
 
@@ -538,7 +538,7 @@ def main() -> None:
     if args.measure_divergence:
         some = my_share(((held_out or train) * args.measure_divergence)[:args.measure_divergence])
         report = measure(model, tokenizer, teacher, [prompt(row) for row in some], args)
-        return say_divergence(report, run)
+        return run.stop("measuring the divergence") if run.stopped() else say_divergence(report, run)
 
     run.begin(model, tokenizer, optimizer, evaluate)
     for step in run.steps():

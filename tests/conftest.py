@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"  # optional folder with real problems; tests skip where it is missing
+SHARED = ROOT.parent / "shared"  # optional; tests that want it skip
 sys.path.insert(0, str(ROOT))
 
 

@@ -256,17 +256,15 @@ def test_a_kill_in_the_middle_of_saving(moment, model_dirs, rows_file, tmp_path)
 
 # ---- signals
 
-def told(kind, moment, argv, out):
-    """A run that gets a signal in step 3, or in the evaluation after step 2, or in a save; it must end within
-    10 s."""
+def told(kind, moment, at, argv, out):
+    """A run that gets a signal in step `at`, or in the evaluation before it; it must end within 10 s."""
     place, name = {"rollout": (common.Progress, "__call__"), "update": (sgpo, "policy_loss"),
                    "save": (dcp, "save"), "evaluation": (sgpo, "held_out_accuracy")}[moment]
     true, began = getattr(place, name), []
 
     def wrapped(*args, **kwargs):
         rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-        step = len([row for row in rows if row["step"]]) + 1
-        if not began and step == {"save": 3, "evaluation": 2}.get(moment, 3):
+        if not began and len([row for row in rows if row["step"]]) + 1 == at:
             began.append(time.time())
             os.kill(os.getpid(), kind)
         return true(*args, **kwargs)
@@ -286,7 +284,8 @@ def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(kind, moment, model_dir
                    "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 2, "--max_new_tokens",
                    40, "--steps", 4)
     run, whole = tmp_path / "run", tmp_path / "whole"
-    assert Child(told, kind, moment, argv, run, said=tmp_path / "said").ended() == 130
+    at = 2 if moment == "evaluation" else 3
+    assert Child(told, kind, moment, at, argv, run, said=tmp_path / "said").ended() == 130
     step = {"update": 3}.get(moment, 2)  # a step that has its rollout is finished
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{step:06d}"]
     said, err = (tmp_path / "said").read_text(), (tmp_path / "said.err").read_text()
@@ -294,6 +293,34 @@ def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(kind, moment, model_dir
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", run, "--resume"]).ended() == 0
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", whole]).ended() == 0
     same_runs(run, whole)  # an evaluation that the stop cut off is made up for
+
+
+def test_stops_at_the_ends_and_a_kill_in_an_evaluation_that_is_made_up_for(model_dirs, rows_file, tmp_path):
+    argv = argv_of("sgpo", model_dirs, rows_file, "--eval_samples", 1, "--eval_every", 2, "--steps", 2)
+    held_out = [*argv, "--eval_dataset", rows_file]
+    run, whole, last = tmp_path / "run", tmp_path / "whole", tmp_path / "last"
+    assert Child(whole_run_for_real, "sgpo", [*held_out, "--out", whole]).ended() == 0
+    assert Child(told, signal.SIGINT, "evaluation", 1, held_out, run).ended() == 130  # before the first step
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000000"]
+    resumed = [*held_out, "--resume"]
+    assert Child(told, signal.SIGINT, "evaluation", 2, resumed, run).ended() == 130  # after the last one
+    assert Child(told, signal.SIGKILL, "evaluation", 3, resumed, run).ended() == -9
+    assert Child(whole_run_for_real, "sgpo", [*resumed, "--out", run]).ended() == 0
+    same_runs(run, whole)
+    assert Child(told, signal.SIGINT, "update", 2, argv, last).ended() == 0  # the last step
+    assert (last / "model").exists()
+
+
+def test_a_run_that_was_stopped_before_it_had_done_anything_can_be_resumed_or_begun_anew(
+    model_dirs, rows_file, tmp_path, run_script):
+    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 1, "--out", tmp_path / "run")
+    assert run_script("grpo_baseline", *argv) == 0
+    for more in (["--resume"], []):
+        for path in (tmp_path / "run").iterdir():
+            if path.name not in ("config.json", "lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert run_script("grpo_baseline", *argv, *more) == 0
+    assert (tmp_path / "run" / "model").exists()
 
 
 def interrupted(seconds_in, argv):
