@@ -209,6 +209,15 @@ def test_a_sharded_model_alone_is_the_plain_one(folder, rows_file, tmp_path):
     assert_same_run(tmp_path / "plain", tmp_path / "sharded", digits=0)
 
 
+def test_a_process_without_a_held_out_row_waits_for_nobody(folder, rows_file, tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", read_jsonl(rows_file)[:1])
+    argv = argv_of("sgpo", folder, rows_file, "--steps", 1, "--out", tmp_path / "run")
+    argv += ["--eval_dataset", one]
+    assert in_processes(2, whole_run_for_real, "sgpo", argv) == [0, 0]
+    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 2 and all(m["eval/accuracy"] in (0, 1) for m in metrics)
+
+
 def greedy(sharded: bool, r: int):
     """Prompts and numbers of tokens that differ between the processes."""
     model, tokenizer = small_model(), small_tokenizer()

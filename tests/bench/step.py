@@ -61,6 +61,7 @@ def build(config: Config, folder: Path) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    import common
     from conftest import small_tokenizer, write_rows
     torch.manual_seed(0)
     tokenizer = small_tokenizer(chat=False)
@@ -82,9 +83,11 @@ def build(config: Config, folder: Path) -> None:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     words = "one two three four five six seven eight nine ten".split()
-    write_rows(folder / "rows.jsonl", [{"problem": f"What is {i} plus {' plus '.join(words[:1 + i % 10])}?"
-                                        + " (dead)" * (config.dead and i % 2), "answer": str(i)} for i
-                                       in range(64)])
+    drawn = [i for step in range(1, 17) for i in common.batch_of_step(list(range(64)), step, 4, seed=0)]
+    dead = drawn[::2] if config.dead else []  # half of the problems of each step
+    write_rows(folder / "rows.jsonl", [
+        {"problem": f"What is {i} plus {' plus '.join(words[:1 + i % 10])}?" + " (dead)" * (i in dead),
+         "answer": str(i)} for i in range(64)])
     (folder / "reward.py").write_text(REWARD)
 
 
