@@ -314,6 +314,16 @@ class RunFlags(WarmupFlags):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
+    """A flag's name as its field has it, what it takes, and a default that its help does not tell."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=42, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.strip("-")]
+        takes = ",".join(action.choices) if action.choices else action.metavar or action.dest.upper()
+        return ", ".join(names) + (f" {takes}" if action.nargs not in (0, "?") else "")
+
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False, "", argparse.SUPPRESS) or "default:" in action.help:
             return action.help

@@ -357,7 +357,7 @@ def main() -> None:
     waiting = adopt_strategies(train, held_out, path, fits, args)
     there = sum("strategy" in row for row in train)
     run.say_plan(train, warmup, f"({args.group_size} + {args.guided_group_size} guided)",
-             strategies=f"{there} there, {len(waiting)} to extract -> {path}")
+                 strategies=f"{there} there, {len(waiting)} to extract -> {path}")
     if args.dry_run:
         return
     model = None if args.extract_only and args.strategist else load_policy(args)
