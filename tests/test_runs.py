@@ -323,6 +323,26 @@ def test_a_run_that_was_stopped_before_it_had_done_anything_can_be_resumed_or_be
     assert (tmp_path / "run" / "model").exists()
 
 
+def told_twice(argv):
+    """A run that is interrupted twice in its first rollout."""
+    true = common.Progress.__call__
+
+    def wrapped(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return true(*args, **kwargs)
+
+    common.Progress.__call__ = wrapped
+    return whole_run_for_real("grpo_baseline", argv)
+
+
+def test_a_second_signal_ends_at_once(model_dirs, rows_file, tmp_path):
+    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 2, "--out", tmp_path / "run")
+    assert Child(told_twice, argv, said=tmp_path / "said").ended() == 130
+    lines = (tmp_path / "said.err").read_text().split("\n")
+    assert lines == ["", "stopping: what is done will be saved (once more: at once)", "stopped", ""]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def interrupted(seconds_in, argv):
     """A run that is interrupted before it has begun to train."""
     true = common.load_problems
