@@ -411,8 +411,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
            args: Args) -> dict[str, float]:
     """All optimizer steps of one rollout batch, whose rows have these advantages [N] -> metrics.
 
-    Rows whose advantage is 0 are skipped while nothing else moves them (coef is 0): they add nothing to the
-    gradient, but still count in the normaliser.
+    Rows whose advantage is 0 are skipped while nothing else moves them (coef is 0). They contribute no
+    gradient but still count in the normaliser.
     """
     guidance, advantages = args.guidance if coef else "none", advantages * args.reward_weight
     lengths, sums, norms = ro.lengths(), Sums(), []
