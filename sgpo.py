@@ -253,8 +253,7 @@ def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor
 
 def choose_targets(model, ro: Rollout, correct: dict[int, list[int]], lengths: list[int],
                    args: Args) -> dict[int, list[int]]:
-    """The rows to distil of each problem: one of its correct guided samples (Eq. 4), or all of them (Eq.
-    2)."""
+    """The rows to distil of each problem: one correct guided sample (Eq. 4), or all of them (Eq. 2)."""
     if args.target == "all":
         return correct
     sum_logps = {}
