@@ -264,8 +264,7 @@ DEFAULT_DATASET = "Elliott/Openr1-Math-46k-8192"
 
 
 def flag(default: Any, help: str, values: str | None = None) -> Any:
-    """A field of Args: default, line in --help and, for a number, the interval it lies in, such as "(0,
-    1]"."""
+    """A field of Args: default, line in --help and, for a number, its interval, such as "(0, 1]"."""
     shown = {"help": help, "metavar": values} if values else {"help": help}
     return dataclasses.field(default=default, metadata=shown)
 
@@ -751,8 +750,7 @@ def bf16_copy(model):
 
 
 def optimizer_step(model, optimizer, max_grad_norm: float) -> float | None:
-    """Clip the gradient and step -> its norm before; None where there was none. One not finite is thrown
-    away."""
+    """Clip the gradient and step -> its norm before, None without one. One not finite is thrown away."""
     if all(p.grad is None for p in model.parameters()):
         return None
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -867,8 +865,7 @@ def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: 
 
 
 class Progress(StoppingCriteria):
-    """Ends a call of generate once `enough` of its rows have ended, or for a stop; counts tokens on the
-    bar."""
+    """Ends a call of generate once `enough` rows have ended, or for a stop; counts tokens on the bar."""
     tokens, bar = 0, None
 
     def __init__(self, eos: list[int], enough: int):
@@ -1349,8 +1346,7 @@ class Run:
         self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
 
     def evaluation_is_due(self) -> bool:
-        """At the first and last step and every --eval_every, unless it has been done. A stop may have cut it
-        off."""
+        """At the first and last step and every --eval_every, unless done: a stop may have cut it off."""
         step, every = self.step, self.args.eval_every
         due = step == 0 or step == self.args.steps or every and step % every == 0
         return bool(due) and not self.is_evaluated
@@ -1812,8 +1808,7 @@ def demo_tokenizer() -> Qwen2Tokenizer:
 
 def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int], list[int], int]],
                rng: np.random.Generator, steps: int, lr: float, start: Path | None = None) -> None:
-    """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, where the loss
-    begins."""
+    """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, start of the loss."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM.from_pretrained(start) if start else Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,

@@ -174,8 +174,7 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
 
 
 def coefficient(step: int, start: float, fall: float) -> float:
-    """lambda_s = max(start - fall (s - 1), 0) at the 1-based step s; the paper's is above 0 at steps 1 to
-    200."""
+    """lambda_s = max(start - fall (s - 1), 0) at the 1-based step s; the paper's is 0 after step 200."""
     return max(round(start - fall * (step - 1), 12), 0.0)  # rounded: 0.002 - 200 x 1e-5 shall be 0
 
 
@@ -254,8 +253,7 @@ class Advice:
 
 
 class Teacher:
-    """A frozen model that reads the student's token ids. It is bf16 on a GPU; several processes share it by
-    FSDP2."""
+    """A frozen model that reads the student's token ids: bf16 on a GPU, sharded over several processes."""
 
     def __init__(self, args: Args, tokenizer, own_tokenizer, student_ends: list[int]):
         self.device = torch.device(args.teacher_device or ("cuda" if torch.cuda.is_available() else "cpu"))

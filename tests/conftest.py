@@ -154,8 +154,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
-    """Eight toy problems with strategies, and a reward file that pays for short completions, so that groups
-    differ."""
+    """Eight toy problems with strategies; a reward file that pays for short texts, so that groups differ."""
     even = "def even(response, row):\n    return float(len(response) % 2 == 0)\n"
     (tmp_path / "reward.py").write_text(even)
     return write_rows(tmp_path / "rows.jsonl", [

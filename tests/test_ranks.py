@@ -131,8 +131,7 @@ def folder(tmp_path_factory):
 
 
 def forced(model, tokenizer, prompts, max_new_tokens, *_):
-    """Completions that depend on the prompt and on how often it has come before in this call, on nothing
-    else."""
+    """Completions that depend only on the prompt and on how often it has come before in this call."""
     seen, rows = {}, []
     for prompt in prompts:
         k = seen[tuple(prompt)] = seen.get(tuple(prompt), 0) + 1

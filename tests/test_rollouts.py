@@ -41,8 +41,7 @@ def plain(model, prompts: list[list[int]], new: int, **settings) -> torch.Tensor
 
 
 def reference_logps(model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
-    """log pi of every completion token by the textbook: the row alone, the model's own logits, a shift by
-    one."""
+    """log pi of every completion token by the textbook: the row alone, the model's logits, shifted by one."""
     logits = model(torch.tensor([prompt + completion])).logits[0].double() / temperature
     logps = logits.log_softmax(-1)
     return torch.stack([logps[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
@@ -52,8 +51,7 @@ def reference_logps(model, prompt: list[int], completion: list[int], temperature
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3", "gemma2", "gpt_neox"])
 def test_greedy_tokens_are_plain_generates(kind, monkeypatch):
-    """Rows that end early and late, equal prompts, prompts of different length; and rows do leave the
-    batch."""
+    """Rows that end early and late, prompts equal and of different length; and rows do leave the batch."""
     more = {"hidden_activation": "gelu", "sliding_window": 4} if kind == "gemma2" else {}
     model, sizes = ending(kind, head_dim=8, **more), []
     prompts = SHARED_PROMPTS + [[k, 2 * k] for k in range(10, 40)]
@@ -288,8 +286,7 @@ def test_off_by_one():
 
 
 def test_guided_and_unguided_prompts_are_aligned_by_response_token():
-    """A completion behind prompts of different length: with a model that looks at the last token, Eq. 3 is
-    0."""
+    """A completion behind prompts of different length: if the model reads one token only, Eq. 3 is 0."""
     model, completions, mask = Successor(), torch.tensor([[8, 9, 10]]), torch.ones(1, 3).bool()
     guided = common.completion_hidden(model, [[1, 2, 3, 4, 7]], completions, mask)
     kl = lambda *logits: (sgpo.forward_kl(*logits),)
