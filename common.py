@@ -41,7 +41,7 @@ from fractions import Fraction
 from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Callable, Iterator, NoReturn, Sequence
+from typing import Any, Callable, Iterator, Literal, NoReturn, Sequence
 
 import numpy as np
 import torch
@@ -59,8 +59,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
-    LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, StoppingCriteria,
-    get_cosine_schedule_with_warmup)
+    LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, StoppingCriteria, get_scheduler)
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
@@ -307,6 +306,7 @@ class RunFlags(WarmupFlags):
     eval_temperature: float = flag(0.6, "sampling temperature of the evaluation (the papers')", "[0, inf)")
     save_every: int = flag(50, "steps between checkpoints; 0: only the last", "[0, inf)")
     keep_checkpoints: int = flag(2, "newest checkpoints kept", "[1, inf)")
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "dashboard for the metrics")
 
     def __post_init__(self) -> None:
         self.bf16 = torch.cuda.is_available() if self.bf16 is None else self.bf16
@@ -1169,7 +1169,7 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
     steps = per_epoch * args.warmup_epochs
     settings = {"lr": args.warmup_lr, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    shape = get_cosine_schedule_with_warmup(optimizer, round(0.1 * steps), steps).lr_lambdas[0]
+    shape = get_scheduler("cosine", optimizer, round(0.1 * steps), steps).lr_lambdas[0]
     best, unfinished, losses = run.dir / "warmup.best", run.dir / "warmup.state", []
     if unfinished.exists():
         about = load_state(unfinished, model, optimizer)
@@ -1276,7 +1276,7 @@ class Run:
     Resuming drops the rows of both logs that the checkpoint has not seen, so they end up as if the run had
     never stopped.
     """
-    MAY_DIFFER = set("out resume steps save_every keep_checkpoints dry_run extract_only strategist "
+    MAY_DIFFER = set("out resume steps save_every keep_checkpoints report_to dry_run extract_only strategist "
                      "strategist_model strategist_threads strategist_timeout cpu_offload "
                      "activation_checkpointing microbatch_tokens generation_batch_size".split())
     MAX_NONFINITE = 5  # steps in a row
@@ -1285,6 +1285,8 @@ class Run:
         """Check `--out` and write nothing yet: what is refused later must leave no trace."""
         if world() > args.prompts_per_step:
             refuse(f"--prompts_per_step {args.prompts_per_step} is too few for {world()} processes: raise it")
+        if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+            refuse(f"--report_to {args.report_to} takes a package: pip install {args.report_to}")
         script = Path(sys.argv[0]).stem
         if args.out is None:
             if args.resume:
@@ -1344,6 +1346,11 @@ class Run:
         self.metrics = of_all_processes(self.metrics)[0]
         self.is_written = len(self.metrics) > 1
         self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
+        self.accuracy, self.shown = None, []
+        self.track = tracker(self.args.report_to, self.dir, self.config, self.step)
+        args, shape = self.args, self.args.lr_schedule.replace("constant", "constant_with_warmup")
+        schedule = get_scheduler(shape, optimizer, args.lr_warmup_steps, args.steps + 1)
+        self.lr_factor, = schedule.lr_lambdas  # of the 1-based step: 0 comes only after the last one
 
     def evaluation_is_due(self) -> bool:
         """At the first and last step and every --eval_every, unless done: a stop may have cut it off."""
@@ -1359,6 +1366,7 @@ class Run:
             while self.step < self.args.steps and not stop_asked():
                 seed_everything(self.args.seed, "step", self.step + 1)
                 self.clock, self.times = time.perf_counter(), {}
+                self.optimizer.param_groups[0]["lr"] = self.args.lr * self.lr_factor(self.step + 1)
                 yield self.step + 1
                 self.bar.update()
 
@@ -1397,13 +1405,23 @@ class Run:
         samples = sum(of_all_processes(samples), [])
         if rank() == 0:
             write_jsonl(self.dir / "samples.jsonl", samples)
+        self.shown = []
         if step == 1 or self.evaluation_is_due():
+            self.shown = samples[:16]
             self.say("a sample, reward {reward:g}\n  problem: {problem:.500}\n  answer: {answer}\n"
                      "  completion: {completion:.2000}".format(**samples[0]))
         if cut.all():
             self.say(f"every completion ran into --max_new_tokens {self.args.max_new_tokens}; raise it, "
                      "nothing can be learnt from that")
-        self.bar.set_description(f"reward {self.metrics['reward']:.2f}")
+        self.bar.set_description(self.line())
+
+    def line(self) -> str:
+        """The newest metrics, on the screen beside the bar and its time left."""
+        known = {"held-out": self.accuracy, **self.metrics}
+        shown = {"reward": "reward {:.2f}", "held-out": "held-out {:.2f}", "entropy": "entropy {:.2f}",
+                 "sgpo/alpha": "alpha {:.2f}", "tgpo/reverse_kl_k1": "k1 {:.2f}",
+                 "completions/mean_length": "{:.0f} tokens", "tokens_per_s": "{:.0f}/s"}
+        return ", ".join(text.format(known[key]) for key, text in shown.items() if known.get(key) is not None)
 
     def say(self, text: str) -> None:
         self.bar.write(printable(f"step {self.step}: {text}"))
@@ -1415,13 +1433,15 @@ class Run:
             found = self.evaluate()
             if not (found and stop_asked()):  # else it is not whole
                 self.metrics |= found
-                self.is_evaluated = True
-        path = self.dir / "metrics.jsonl"
+                self.accuracy, self.is_evaluated = found.get("eval/accuracy"), True
+        path, metrics = self.dir / "metrics.jsonl", {k: v for k, v in self.metrics.items() if k != "step"}
         if rank() == 0 and self.is_written:  # by a run that a stop ended before its evaluation
             rows = [row for _, row in read_jsonl(path)][:-1] + [self.metrics]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-        elif rank() == 0 and len(self.metrics) > 1:
+        elif rank() == 0 and metrics:
             write_jsonl(path, [self.metrics])
+        if metrics:
+            self.track(self.step, metrics, self.shown)
         failed = self.metrics.get("nonfinite_updates") and not self.metrics["updates"]
         self.nonfinite = self.nonfinite + 1 if failed else 0
         if self.nonfinite == self.MAX_NONFINITE:
@@ -1574,6 +1594,43 @@ def save_pretrained(model, tokenizer, final: Path) -> None:
         if rank() == 0:
             model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
+
+
+def tracker(name: str, folder: Path, config: dict, step: int) -> Callable[[int, dict, list[dict]], None]:
+    """log(step, metrics, samples) for the dashboard of --report_to, by its library's own client."""
+    if name == "none" or rank() > 0:
+        return lambda step, metrics, samples: None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # of what is done again
+        writer.add_text("config", as_code(config))
+
+        def log(step: int, metrics: dict, samples: list[dict]) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, step)
+            for i, sample in enumerate(samples):
+                writer.add_text(f"samples/{i}", as_code(sample), step)
+            writer.flush()
+
+        return log
+    import pandas
+    client = importlib.import_module(name)
+    own = {"id": folder.name, "dir": folder} if name == "wandb" else {}  # by the id it knows a resumed run
+    try:
+        client.init(project="sgpo-tgpo", name=folder.name, config=config, resume="allow", **own)
+    except Exception as error:  # such as: not logged in
+        refuse(f"--report_to {name}: {first_line(error)}")
+
+    def log(step: int, metrics: dict, samples: list[dict]) -> None:
+        table = {"samples": client.Table(dataframe=pandas.DataFrame(samples))} if samples else {}
+        client.log(metrics | table, step=step)
+
+    return log
+
+
+def as_code(value: Any) -> str:
+    """As Markdown that shows it letter by letter."""
+    return "\n".join("    " + line for line in json.dumps(value, indent=2).splitlines())
 
 
 def versions() -> dict:

@@ -45,7 +45,8 @@ class Args(RunFlags):
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "see token_weights")
     scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
     # update
-    lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
+    lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
@@ -206,7 +207,6 @@ def main() -> None:
         # ---- sample problems
         problems = my_share(batch_of_step(train, step, args.prompts_per_step, args.seed))  # b of B
         rows = [row for row in problems for _ in range(args.group_size)]  # N, a problem's side by side
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
 
         # ---- rollout
         ro = rollout(model, tokenizer, [prompt(row) for row in rows], args)

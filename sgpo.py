@@ -62,7 +62,8 @@ class Args(RunFlags):
     alpha_max: float = flag(0.8, "Eq. 6, upper bound", "[0, inf)")
     fixed_alpha: float = flag(1.0, "alpha of --weight fixed", "[0, inf)")
     # update
-    lr: float = flag(1e-6, "AdamW learning rate, constant after the warm-up", "[0, inf)")
+    lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
@@ -385,7 +386,6 @@ def main() -> None:
         if args.distill != "none":  # then the guided ones, in the order in which `guide` takes them
             rows += [{**row, "guided": True} for row in problems if "strategy" in row
                      for _ in range(args.guided_group_size)]
-        optimizer.param_groups[0]["lr"] = args.lr * min(1.0, step / max(args.lr_warmup_steps, 1))
 
         # ---- rollout
         sampled_prompts = [prompt(row, row["strategy"] if "guided" in row else None) for row in rows]

@@ -2,13 +2,16 @@
 text."""
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,62 @@ def same_runs(a: Path, b: Path) -> None:
 
 
 # ---- what a run writes
+
+def test_tensorboard_has_the_metrics_config_and_samples(model_dirs, rows_file, tmp_path, run_script):
+    """Read back from its event files; a resumed run goes on in the same curves, without a double step."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--eval_dataset", rows_file, "--eval_every", 2,
+                   "--report_to", "tensorboard", "--out", out)
+    assert run_script("grpo_baseline", *argv, "--steps", 2) == 0
+    assert run_script("grpo_baseline", *argv, "--steps", 3, "--resume") == 0
+    board = events.EventAccumulator(str(out / "tensorboard"), {events.SCALARS: 0, events.TENSORS: 0}).Reload()
+    metrics = read_jsonl(out / "metrics.jsonl")
+    for key in {key for row in metrics for key in row} - {"step"}:
+        shown = [(event.step, event.value) for event in board.Scalars(key)]
+        assert shown == [(row["step"], pytest.approx(row[key], rel=1e-5)) for row in metrics if key in row]
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+             for tag in board.Tags()["tensors"]}
+    assert '"lr": 0.001' in texts["config/text_summary"]
+    first = read_jsonl(out / "samples.jsonl")[0]
+    sample = texts["samples/0/text_summary"].replace("\n    ", "\n")
+    assert json.loads(sample) == first and all(line[:4] == "    " for line in
+                                               texts["samples/0/text_summary"].splitlines())  # a code block
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_other_dashboards_by_the_calls_they_share(name, model_dirs, rows_file, tmp_path, run_script, capsys,
+                                                  monkeypatch):
+    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 1, "--report_to", name)
+    if not importlib.util.find_spec(name):
+        assert run_script("grpo_baseline", *argv, "--out", tmp_path / "none") == 2
+        assert f"pip install {name}" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    client, calls = types.ModuleType(name), []
+    client.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    client.init = lambda project, name, config, resume, **own: calls.append((name, config, resume, own))
+    client.log = lambda metrics, step: calls.append((step, metrics))
+    client.Table = lambda dataframe: dataframe
+    monkeypatch.setitem(sys.modules, name, client)
+    assert run_script("grpo_baseline", *argv, "--out", tmp_path / "run") == 0
+    (run, config, resume, _), (step, metrics) = calls
+    row, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert (run, resume, step) == ("run", "allow", 1) and config["flags"]["lr"] == 1e-3
+    assert len(metrics.pop("samples")) == 9 and metrics == {k: v for k, v in row.items() if k != "step"}
+
+
+@pytest.mark.parametrize("shape, wanted", [
+    ("constant", [.5, 1, 1, 1]), ("linear", [.5, 1, 2 / 3, 1 / 3]), ("cosine", [.5, 1, .75, .25])])
+def test_the_learning_rate_follows_its_schedule(shape, wanted, model_dirs, rows_file, tmp_path, run_script):
+    """Two steps of warm-up; no step is wasted on a rate of 0; the same after a resume."""
+    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--lr_schedule", shape, "--lr_warmup_steps", 2,
+                   "--steps", 4, "--out", tmp_path / "run", "--save_every", 2)
+    assert run_script("grpo_baseline", *argv) == 0
+    for path in (tmp_path / "run" / "checkpoints" / "step_000004", tmp_path / "run" / "model"):
+        shutil.rmtree(path)
+    assert run_script("grpo_baseline", *argv, "--resume") == 0
+    rates = [row["lr"] / 1e-3 for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == pytest.approx(wanted)
+
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_real_problems_run_through_and_the_model_loads(kind, model_dirs, tmp_path, run_script):
