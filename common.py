@@ -324,7 +324,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ", ".join(names) + (f" {takes}" if action.nargs not in (0, "?") else "")
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, "", argparse.SUPPRESS) or "default:" in action.help:
+        silent = action.default is False or action.default in (None, "", argparse.SUPPRESS)
+        if silent or "default:" in action.help:
             return action.help
         return f"{action.help} (default: {str(action.default).replace('%', '%%')})"
 
