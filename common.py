@@ -106,6 +106,10 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         join_processes()
         try:
             main()
+        except SystemExit as end:
+            if end.code == 2:
+                Run.refused()
+            raise
         except torch.OutOfMemoryError:  # nothing is retried: FSDP2 is broken after an aborted backward pass
             refuse("out of GPU memory: lower --microbatch_tokens (training) or --generation_batch_size "
                    "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", alone=True)
@@ -260,6 +264,7 @@ def seed_everything(seed: int, *what: int | str) -> None:
 
 SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 DEFAULT_DATASET = "Elliott/Openr1-Math-46k-8192"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character
 
 
 def flag(default: Any, help: str, values: str | None = None) -> Any:
@@ -344,6 +349,8 @@ def parse_args(args_class: type, recipe: Callable[[Any], dict] | None = None) ->
     argv, about = sys.argv[1:], sys.modules[args_class.__module__].__doc__
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         argv = _flags_in_file(argv[0]) + argv[1:]
+    if LONE_SURROGATE.search(" ".join(argv)):  # Python's stand-in for what it could not read
+        refuse("the command line, or the file of flags, holds characters that are not UTF-8")
     usage = f"python {Path(sys.argv[0]).name} [FLAGS.json] [--flag value ...]"
     parser = _Parser(_help_groups(args_class), usage=usage, description=about, formatter_class=_Help,
                      allow_abbrev=False)
@@ -365,6 +372,8 @@ def parse_args(args_class: type, recipe: Callable[[Any], dict] | None = None) ->
             at_end = value == low and interval[0] == "[" or value == high and interval[-1] == "]"
             if not (low < value < high or at_end):
                 refuse(f"--{field.name} is {value}; it must be in {interval}")
+            if 1e18 < value < float("inf"):  # beyond what a tensor, a clock or a division takes
+                refuse(f"--{field.name} is {float(value):g}: too large")
     return args
 
 
@@ -383,7 +392,7 @@ def _help_groups(args_class: type) -> list[type]:
 def _flags_in_file(path: str) -> list[str]:
     """The flags of a file as a command line would have them: the parser checks both alike."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".json"):
             flags = json.loads(text)
         else:
@@ -427,6 +436,8 @@ def read_jsonl(path: str | Path, cut_by_kill: bool = False) -> Iterator[tuple[st
                     return
                 where = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 refuse(f"{place}: not JSON ({getattr(error, 'msg', error)}{where})")
+            if "\\ud" in text.lower() and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+                refuse(f"{place}: holds half a character (a lone surrogate), which no tokenizer takes")
             if text:
                 yield place, value
 
@@ -510,8 +521,6 @@ def to_row(raw: dict) -> dict:
             raise ValueError(f'row has no "{name}": give it as a non-empty string')
         if value is not None and not isinstance(value, str):
             raise ValueError(f'"{name}" must be a string')
-        if value and re.search("[\ud800-\udfff]", value):
-            raise ValueError(f'"{name}" holds half a character (a lone surrogate), which no tokenizer takes')
     row = {name: value for name, value in row.items() if value}
     return row if raw.get("id") is None else {**row, "id": str(raw["id"])}
 
@@ -660,6 +669,8 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
     inputs = {"input_ids": torch.arange(8, device=model.device)[None] % config.get_text_config().vocab_size}
     training, sampling = (model.train(mode)(**inputs).logits.float() for mode in (True, False))
     ours = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state).float()
+    if not sampling.isfinite().all():
+        refuse(f"{flag} {name}: its weights are not finite", alone=True)
     if not torch.allclose(ours, sampling, rtol=1e-3, atol=1e-3):
         refuse(f"{flag} {name}: not supported, {type(model).__name__} changes its logits after lm_head")
     if not torch.allclose(training, sampling, rtol=1e-3, atol=1e-3):
@@ -1229,7 +1240,7 @@ def load_reward(spec: str | None) -> Score:
     try:
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # also SystemExit
         refuse(f"--reward {spec}: {type(error).__name__}: {error}")
 
     def score(texts: list[str], rows: list[dict]) -> Tensor:
@@ -1237,7 +1248,7 @@ def load_reward(spec: str | None) -> Score:
         for text, row in zip(texts, rows, strict=True):
             try:
                 values.append(float(function(text, dict(row))))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:  # also SystemExit
                 refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}", alone=True)
             if not abs(values[-1]) <= 1e6:
                 refuse(f"--reward gave {values[-1]} on row {row['id']}, not from -1e6 to 1e6", alone=True)
@@ -1281,6 +1292,7 @@ class Run:
                      "strategist_model strategist_threads strategist_timeout cpu_offload "
                      "activation_checkpointing microbatch_tokens generation_batch_size".split())
     MAX_NONFINITE = 5  # steps in a row
+    new = None  # the directory, where this process has made it
 
     def __init__(self, args: Any):
         """Check `--out` and write nothing yet: what is refused later must leave no trace."""
@@ -1313,10 +1325,17 @@ class Run:
         """Make the directory, unless it is a resumed run's, and keep others out of it."""
         barrier()  # nobody looks any more whether it is there
         if rank() == 0:
+            Run.new = None if self.dir.exists() else self.dir
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.dir / "lock", f"--out {self.dir}: another run is writing there")
             write_atomic(self.dir / "config.json", json.dumps(self.config, indent=2) + "\n")
         barrier()
+
+    @staticmethod
+    def refused() -> None:
+        """A run that is refused before it has done anything leaves nothing."""
+        if Run.new and not has_begun(Run.new):
+            shutil.rmtree(Run.new)
 
     def begin(self, model, tokenizer, optimizer, evaluate: Callable[[], dict[str, float]]) -> None:
         """What is saved and how to evaluate it; a resumed run goes back to its newest whole checkpoint."""
@@ -1326,8 +1345,8 @@ class Run:
             try:
                 self.step, loaded = load_state(folder, model, optimizer)["step"], folder
                 break
-            except (FileNotFoundError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-                print(f"{folder} cannot be read ({type(error).__name__}): going back to the one before")
+            except Damaged as error:
+                print(f"{folder} cannot be read ({type(error.__cause__).__name__}): going back to the one before")
                 damaged.append(folder)
         if damaged and not loaded:
             refuse(f"{self.dir / 'checkpoints'}: none can be read; remove them to begin again")
@@ -1482,27 +1501,33 @@ class Run:
         raise SystemExit(130)
 
 
+def has_begun(folder: Path) -> bool:
+    """Has a run done more there than evaluate its start? Else there is nothing to go on with."""
+    bare = {"config.json", "metrics.jsonl", "checkpoints"}
+    return any(folder.glob("checkpoints/*")) or any(
+        path.name not in bare and (path.is_dir() or path.stat().st_size) for path in folder.glob("*"))
+
+
 def check_directory(folder: Path, config: dict, may_differ: set[str], resume: bool | None) -> None:
     """Refuse a directory that is not ours to write in or holds other flags' results; write nothing.
 
     `resume`: must there be results in it, or none? None: either.
     """
     try:
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        begun = there - {"config.json", "lock", "checkpoints"} or list(folder.glob("checkpoints/*"))
-        wanted = "config.json" in there and (begun or resume)  # a run that has done nothing may begin anew
-        old = json.loads((folder / "config.json").read_text()) if wanted else None
+        begun, ours = has_begun(folder), folder / "config.json"
+        old = json.loads(ours.read_text()) if ours.exists() else None
+        before = {} if old is None else {"script": old["script"], **old["flags"]}
         barrier()  # all have looked
         if rank() == 0:  # where nothing can be made, that is said now
             nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             tempfile.TemporaryDirectory(dir=nearest).cleanup()
-        before = {"script": old["script"], **old["flags"]} if old else {}
     except OSError as error:
         refuse(f"--out {folder}: cannot be used ({error.strerror or error})")
     except (ValueError, KeyError, TypeError):
         refuse(f"--out {folder}: its config.json is not one of ours; choose another directory")
-    if begun and not old:
+    if not old and (begun or (folder / "metrics.jsonl").exists()):
         refuse(f"--out {folder} is not empty and holds no results of ours; choose another directory")
+    old = old if begun or resume else None  # a run that has done nothing may begin anew
     now = {"script": config["script"], **config["flags"]}
     differ = [f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
               for name in sorted({*before, *now} - may_differ) if old and before.get(name) != now.get(name)]
@@ -1549,12 +1574,20 @@ def whole_folder(final: Path) -> Iterator[Path]:
     barrier()
 
 
+def check_finite(final: Path, weights: dict[str, Tensor]) -> None:
+    """Refuse to save weights that are not finite."""
+    mine = [w.to_local() if isinstance(w, DTensor) else w for w in weights.values()]
+    if not all(w.isfinite().all() for w in mine):
+        refuse(f"{final}: the weights are not finite, so they are not saved; lower --lr", alone=True)
+
+
 def save_state(final: Path, model, optimizer, **about: Any) -> None:
     """A folder of torch's distributed checkpoint; any number of processes can read it.
 
     An optimizer that has not stepped has no state to save: torch would make one up by a step of its own.
     """
     state = {"model": get_model_state_dict(model)}
+    check_finite(final, state["model"])
     if optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     with whole_folder(final) as folder:
@@ -1563,13 +1596,23 @@ def save_state(final: Path, model, optimizer, **about: Any) -> None:
             write_atomic(folder / "about.json", json.dumps({**about, "stepped": "optimizer" in state}))
 
 
+class Damaged(OSError):
+    """A saved state that cannot be read."""
+
+
 def load_state(folder: Path, model, optimizer) -> dict:
     """Put a folder of `save_state` into model and optimizer -> what else was saved with it."""
-    about = json.loads((folder / "about.json").read_text())
-    state = {"model": get_model_state_dict(model)}
-    if about["stepped"]:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        dcp.FileSystemReader(folder).read_metadata()  # dcp.load would print its traceback and go on
+        state = {"model": get_model_state_dict(model)}
+        if about["stepped"]:
+            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, dcp.api.CheckpointException) as error:  # damaged bytes can raise anything
+        raise Damaged(0, f"damaged, {type(error).__name__}: remove it", str(folder)) from error
     set_model_state_dict(model, state["model"])
     if about["stepped"]:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -1589,8 +1632,7 @@ def save_pretrained(model, tokenizer, final: Path) -> None:
     """A Hugging Face directory of both, by the first process."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=whole) if shards(model) else model.state_dict()
-    if not all(w.isfinite().all() for w in weights.values()):
-        refuse(f"{final}: the weights are not finite, so they are not saved; lower --lr", alone=True)
+    check_finite(final, weights)
     with whole_folder(final) as folder:
         if rank() == 0:
             model.save_pretrained(folder, state_dict=weights)
@@ -1741,7 +1783,8 @@ class Endpoint:
                     except multiprocessing.TimeoutError:
                         pass
                     except Unanswered as error:
-                        refuse(f"{error}; what is done is kept, and --resume goes on", alone=True)
+                        refuse(f"{error}; strategies found so far are kept: --resume asks for the rest",
+                               alone=True)
         finally:
             pool.terminate()
 
