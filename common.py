@@ -99,6 +99,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def started() -> None:
         Stop.asked = Stop.can_wait = False
+        Run.new = None
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, Stop.on_signal)
         if hasattr(sys.stdout, "reconfigure"):
