@@ -43,6 +43,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, NoReturn, Sequence
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -111,8 +112,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             if end.code == 2:
                 Run.refused()
             raise
-        except torch.OutOfMemoryError:  # nothing is retried: FSDP2 is broken after an aborted backward pass
-            refuse("out of GPU memory: lower --microbatch_tokens (training) or --generation_batch_size "
+        except (torch.OutOfMemoryError, MemoryError):  # never retried: FSDP2 is broken after half a backward
+            refuse("out of memory: lower --microbatch_tokens (training) or --generation_batch_size "
                    "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", alone=True)
         except BrokenPipeError:  # python sgpo.py | head
             os._exit(1)
@@ -444,8 +445,12 @@ def read_jsonl(path: str | Path, cut_by_kill: bool = False) -> Iterator[tuple[st
 
 
 def write_jsonl(path: Path, rows: Sequence[dict], mode: str = "a") -> None:
-    with open(path, mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        error.filename = path  # a full disk does not name it
+        raise
 
 
 def load_rows(source: str) -> list[dict]:
@@ -481,7 +486,8 @@ def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
             import pyarrow.parquet
             table = pyarrow.parquet.read_table(source).to_pylist()
         else:
-            import datasets
+            look_for_hub()
+            import datasets  # only now: it copies what it is told of the hub
             table = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # of a dozen kinds; all mean that there is no data
         what = "not a readable parquet file" if is_file else "no local file, and not to be had from the hub"
@@ -545,7 +551,8 @@ def load_problems(args: Any, tokenizer) -> tuple[list[dict], list[dict]]:
         return len(build_prompt(tokenizer, row["problem"], args.system_prompt))
 
     def keep(rows: list[dict], good: Callable[[dict], bool], why: str) -> list[dict]:
-        marks = [good(row) for row in rows]
+        bar = tqdm(rows, "checking rows", delay=2, leave=False, disable=None if rank() == 0 else True)
+        marks = [good(row) for row in bar]
         if not all(marks):
             first = printable(rows[marks.index(False)]["id"])
             print(f"dropped {marks.count(False)} of {len(rows)} rows with {why}, first: id {first}")
@@ -610,7 +617,23 @@ def model_path(name: str, flag: str = "--model") -> str:
     """Hub id or directory to load from: the name, but for the demo's models, made at their first use."""
     if flag == "--teacher" and name in DEMO_TEACHERS:
         return str(demo_teacher_dir(name))
-    return str(demo_dir()) if flag == "--model" and name == "demo" else name
+    if flag == "--model" and name == "demo":
+        return str(demo_dir())
+    if not os.path.isdir(name):
+        look_for_hub()
+    return name
+
+
+@functools.cache
+def look_for_hub() -> None:
+    """Where the hub cannot be reached only its cache is asked: else each file is tried for half a minute."""
+    hub = huggingface_hub.constants
+    try:
+        if not hub.HF_HUB_OFFLINE:
+            huggingface_hub.get_session().head(hub.ENDPOINT, timeout=8)
+    except Exception as error:  # of the client, which changes
+        print(f"{hub.ENDPOINT} cannot be reached ({first_line(error)}): only its cache is looked through")
+        hub.HF_HUB_OFFLINE = True
 
 
 def load_tokenizer(name: str, flag: str = "--model"):
@@ -1729,6 +1752,7 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=args.strategist, api_key=self.key, max_retries=self.RETRIES,
                                     timeout=args.strategist_timeout)
         self.answered, self.failed, self.lock = 0, 0, threading.Lock()
+        self.heard, self.patience = time.monotonic(), 10  # the last answer, and how long silence is no news
         screen = logging.StreamHandler()  # each retry is a line
         screen.addFilter(lambda record: record.getMessage().startswith("Retrying"))
         log = logging.getLogger("openai._base_client")
@@ -1758,6 +1782,7 @@ class Endpoint:
             return self.no_answer("no answer", error, self.FAILURES)
         with self.lock:
             self.answered, self.failed = self.answered + 1, 0
+            self.heard, self.patience = time.monotonic(), 10
         return text
 
     def no_answer(self, what: str, error: Exception, most: int) -> NoAnswer:
@@ -1782,7 +1807,10 @@ class Endpoint:
                         yield results.next(timeout=0.2)
                         break
                     except multiprocessing.TimeoutError:
-                        pass
+                        if time.monotonic() > self.heard + self.patience:
+                            print(f"no answer of {self.args.strategist} for {self.patience} s; each try waits "
+                                  f"--strategist_timeout {self.args.strategist_timeout:g}", file=sys.stderr)
+                            self.patience *= 2
                     except Unanswered as error:
                         refuse(f"{error}; strategies found so far are kept: --resume asks for the rest",
                                alone=True)
@@ -1998,7 +2026,10 @@ def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if not final.exists():
         unfinished = cache / f"unfinished-{name}-{os.getpid()}"
-        unfinished.mkdir(parents=True)
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            refuse(f"{cache}: the demo cannot be built there ({error.strerror}); set XDG_CACHE_HOME")
         build(unfinished)
         try:
             unfinished.rename(final)

@@ -170,7 +170,6 @@ def strategies_of(path) -> dict:
 
 
 def test_an_endpoint_extracts_and_training_follows(extract, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # this is not the hub
     with Server(delay=0.01) as server:
         said = extract(server, only=False)
     assert server.answered.total() == 8 * 6 and server.busiest == 4
