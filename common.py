@@ -160,17 +160,21 @@ def long_work(total: int, what: str, unit: str, done: int = 0) -> Iterator[tqdm]
         yield bar
 
 
-# ---------------------------------------------------------------- several processes
+# ---------------------------------------------------------------- device and processes
+
+ON_GPU = torch.cuda.is_available()
+HOME = torch.device("cuda" if ON_GPU else "cpu")  # where models compute
+BACKEND = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"  # how processes talk
+
 
 def join_processes() -> None:
     """Join the processes that torchrun has started, if it has."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if ON_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # No time limit of its own: they wait long for each other's rollouts, and torchrun ends all when one dies.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group(BACKEND, timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")  # the first one speaks for all
 
@@ -316,7 +320,7 @@ class RunFlags(WarmupFlags):
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag("none", "dashboard for the metrics")
 
     def __post_init__(self) -> None:
-        self.bf16 = torch.cuda.is_available() if self.bf16 is None else self.bf16
+        self.bf16 = ON_GPU if self.bf16 is None else self.bf16
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -677,8 +681,8 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
     mode computes what eval mode does (dropout is switched off: the policy that is scored must be the one that
     was sampled).
     """
-    home = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or (torch.bfloat16 if torch.device(device or home).type == "cuda" else torch.float32)
+    device = torch.device(device or HOME)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
         config = AutoConfig.from_pretrained(model_path(name, flag))
         for key, value in list(vars(config.get_text_config()).items()):
@@ -689,7 +693,7 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
     except Exception as error:
         why = first_line(error)
         refuse(f"{flag} {name}: no causal language model can be loaded from it ({why})", alone=True)
-    model.to(device or home)
+    model.to(device)
     inputs = {"input_ids": torch.arange(8, device=model.device)[None] % config.get_text_config().vocab_size}
     training, sampling = (model.train(mode)(**inputs).logits.float() for mode in (True, False))
     ours = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state).float()
@@ -708,7 +712,7 @@ def load_policy(args: Any):
     One process has a plain model. Several share one by FSDP2, which also serves one process with
     --cpu_offload.
     """
-    sharded = dist.is_initialized() or args.cpu_offload and torch.cuda.is_available()
+    sharded = dist.is_initialized() or args.cpu_offload
     model = load_model(args.model, dtype=torch.float32, device="cpu" if sharded else None)
     model.fingerprint = repr([p.flatten()[:64].tolist() for p in model.parameters()])  # of the start
     model.requires_grad_()
@@ -725,15 +729,13 @@ def shard(model, bf16: bool, cpu_offload: bool = False):
     Gradients are added up in fp32, not averaged: our normalisers count the rows of all processes. `bf16`: it
     computes in that.
     """
-    on_gpu = torch.cuda.is_available()
     if not dist.is_initialized():  # one process: FSDP2 still wants a group
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    how = {"mesh": init_device_mesh("cuda" if on_gpu else "cpu", (world(),))}
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
+    how = {"mesh": init_device_mesh(HOME.type, (world(),))}
     if bf16:
         how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if cpu_offload and on_gpu:
-        how["offload_policy"] = CPUOffloadPolicy()
+    if cpu_offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=ON_GPU and room_to_pin(model))
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     for layer in max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())):
         fully_shard(layer, **how)
@@ -744,6 +746,19 @@ def shard(model, bf16: bool, cpu_offload: bool = False):
     model.as_forward = lambda fn: fn()
     register_fsdp_forward_method(model, "as_forward")
     return model
+
+
+def room_to_pin(model) -> bool:
+    """Is there host memory for weights and gradients that are pinned, which is faster?
+
+    Pinned memory comes in powers of two: with Adam up to 24 bytes a parameter in place of 16. The processes
+    of this machine together hold the model once.
+    """
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+    limit = limit.read_text().strip() if limit.exists() else "max"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = memory if limit == "max" else min(memory, int(limit))
+    return 24 * sum(p.numel() for p in model.parameters()) < 0.8 * memory
 
 
 def shards(model) -> list[FSDPModule]:
@@ -758,7 +773,7 @@ def as_forward(model, fn: Callable[[], Any]) -> Any:
 
 def device_of(model) -> torch.device:
     """Where a model computes; its shards may rest in CPU memory."""
-    return torch.device("cuda") if shards(model) and torch.cuda.is_available() else model.device
+    return HOME if shards(model) else model.device
 
 
 @contextmanager
@@ -808,7 +823,7 @@ def choose_memory(args: Any, card: float | None = None) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if card is None:
-        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else float("inf")
+        card = torch.cuda.get_device_properties(0).total_memory if ON_GPU else float("inf")
     need = 16 * parameters / world() + 2 * parameters
     if args.activation_checkpointing is None:
         args.activation_checkpointing = need > card / 4
@@ -870,13 +885,13 @@ def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: 
     width, C, device = max(map(len, prompts)), draws.shape[1], draws.device
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache, ends = DynamicCache(config=model.config.get_text_config()), torch.tensor(eos, device=device)
 
     def call(ids: Tensor, mask: Tensor, tokens: int, enough: int, draws: Tensor, cache) -> Tensor:
         config = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=pad)
         return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config,
                               logits_processor=[Sampler(draws, width, temperature, top_p)],
-                              stopping_criteria=[Progress(eos, enough)], synced_gpus=False)
+                              stopping_criteria=[Progress(ends, enough)], synced_gpus=False)
 
     if not all(hasattr(layer, "batch_select_indices") for layer in cache.layers):  # linear attention
         return call(ids, mask, C, len(prompts), draws, None)[:, width:]
@@ -892,7 +907,7 @@ def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: 
         new = ids[:, width + written:]
         out[rows, written:written + new.shape[1]] = new
         written += new.shape[1]
-        live = (~torch.isin(new, torch.tensor(eos, device=device)).any(1)).nonzero()[:, 0]
+        live = (~torch.isin(new, ends).any(1)).nonzero()[:, 0]
         if not len(live) or written == C or Stop.asked:
             return out[:, :written]
         mask = torch.nn.functional.pad(mask, (0, new.shape[1]), value=1)[live]
@@ -904,11 +919,11 @@ class Progress(StoppingCriteria):
     """Ends a call of generate once `enough` rows have ended, or for a stop; counts tokens on the bar."""
     tokens, bar = 0, None
 
-    def __init__(self, eos: list[int], enough: int):
-        self.eos, self.enough, self.ended = eos, enough, False
+    def __init__(self, ends: Tensor, enough: int):
+        self.ends, self.enough, self.ended = ends, enough, False
 
     def __call__(self, ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.ended = torch.isin(ids[:, -1], torch.tensor(self.eos, device=ids.device)) | self.ended
+        self.ended = torch.isin(ids[:, -1], self.ends) | self.ended
         Progress.tokens += len(ids)
         if self.bar is not None and ids.shape[1] % 16 == 0:
             self.bar.set_postfix_str(f"{Progress.tokens} tokens written")
@@ -970,7 +985,7 @@ def complete(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
 
 # ---------------------------------------------------------------- log-probs in training
 
-PASS_COST = 256 if torch.cuda.is_available() else 32  # what a pass costs whatever is in it, in tokens
+PASS_COST = 256 if ON_GPU else 32  # what a pass costs whatever is in it, in tokens
 
 
 def microbatches(rows: Sequence[int], lengths: Sequence[int], budget: int,
@@ -1022,7 +1037,7 @@ def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask
 
 # Logits at once: 256 MiB in fp32, or 32 MiB, a CPU's cache; there four times as many where no gradient is
 # wanted.
-CHUNK, READ_ONLY = (2 ** 26, 1) if torch.cuda.is_available() else (2 ** 23, 4)
+CHUNK, READ_ONLY = (2 ** 26, 1) if ON_GPU else (2 ** 23, 4)
 
 
 def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor],
@@ -1705,13 +1720,13 @@ def versions() -> dict:
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "math-verify")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if ON_GPU else "cpu"
     return {"versions": packages, "device": device, "processes": world(), "commit": git.stdout.strip()}
 
 
 def peak_memory_gb() -> float:
     """Peak memory since the start, of the process that has most; of its GPU where there is one."""
-    if torch.cuda.is_available():
+    if ON_GPU:
         return max(of_all_processes(torch.cuda.max_memory_allocated() / 2 ** 30))
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
     return max(of_all_processes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))

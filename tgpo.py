@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common import (
-    Run, RunFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt, check_context, complete,
+    HOME, Run, RunFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt, check_context, complete,
     completion_hidden, flag, held_out_accuracy, load_model, load_policy, load_problems, load_reward,
     load_tokenizer, log_prob_and_entropy, microbatches, my_share, optimizer_step, over_vocabulary,
     parse_args, program, rank, refuse, say_table, seed_everything, sft_warmup, shard, stop_ids,
@@ -254,12 +254,13 @@ class Advice:
 
 
 class Teacher:
-    """A frozen model that reads the student's token ids: bf16 on a GPU, sharded over several processes."""
+    """A frozen model that reads the student's token ids: bf16 if it has --bf16, over several processes
+    sharded."""
 
     def __init__(self, args: Args, tokenizer, own_tokenizer, student_ends: list[int]):
-        self.device = torch.device(args.teacher_device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(args.teacher_device or HOME)
         self.args, self.offload = args, args.teacher_offload and world() == 1
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
         rests = "cpu" if args.teacher_offload or world() > 1 else self.device
         self.model = load_model(args.teacher, "--teacher", dtype, rests)
         if world() > 1:

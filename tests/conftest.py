@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.fixture(autouse=True)
 def _same_after():
-    """No test sees what another left: handlers of signals, an order to stop, the grader's counts."""
+    """No test sees what another left: handlers of signals, an order to stop, the grader's counts, a group."""
     import common
     common.grader_counts()
     common.Stop.asked = common.Stop.can_wait = False
@@ -30,6 +30,8 @@ def _same_after():
     yield
     for kind, handler in before.items():
         signal.signal(kind, handler)
+    if common.dist.is_initialized():
+        common.dist.destroy_process_group()
 
 
 def small_tokenizer(chat: bool = True, pad: str | None = "<pad>"):

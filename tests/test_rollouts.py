@@ -33,8 +33,8 @@ def ending(kind: str = "qwen2", **more):
 def plain(model, prompts: list[list[int]], new: int, **settings) -> torch.Tensor:
     """transformers' generate, one call, on left-padded rows."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     settings = {"do_sample": False, "eos_token_id": EOS, "pad_token_id": 0, **settings}
     config = GenerationConfig(max_new_tokens=new, **settings)
     return model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]

@@ -186,16 +186,6 @@ def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(model_di
         assert scored[9 + k] == scored[3 * q]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_bf16_on_a_cpu_trains_fp32_weights(script, model_dirs, rows_file, tmp_path, run_script):
-    argv = argv_of(script, model_dirs, rows_file, "--steps", 2, "--out", tmp_path / "run", "--bf16")
-    assert run_script(script, *argv) == 0
-    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert {w.dtype for w in weights.values()} == {torch.float32}
-    assert all(m["grad_norm"] > 0 and m["nonfinite_updates"] ==
-               0 for m in read_jsonl(tmp_path / "run" / "metrics.jsonl"))
-
-
 # ---- resume
 
 def test_resume_with_more_steps_equals_one_long_run(model_dirs, rows_file, tmp_path, run_script):
