@@ -40,6 +40,7 @@ def test_an_offloaded_model_samples_as_the_bf16_copy_of_a_plain_one(model_dirs):
 def test_bf16_logps_are_close_to_fp32_and_weights_stay_fp32(model_dirs, flags):
     exact = common.load_model(str(model_dirs["qwen2"]), dtype=torch.float32)
     model = policy_of(model_dirs, **flags).train()
+    assert bool(common.shards(model)) == bool(flags.get("cpu_offload"))
     ids = torch.randint(5, 200, (2, 12), device=common.device_of(model))
     row = [[5, 6, 7], [8]], ids, torch.ones_like(ids).bool()
     with torch.autocast(common.HOME.type, torch.bfloat16):
@@ -109,6 +110,7 @@ def test_one_process_of_torchrun_on_a_card(model_dirs, rows_file, tmp_path, run_
     row, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["device"] == torch.cuda.get_device_name() and config["flags"]["bf16"] is True
+    assert not made_up or torch.cuda.set_device.call_args == mock.call(0)
     assert row["updates"] == 1 and (row["peak_memory_gb"] == 2e9 / 2 ** 30) == made_up
     chosen = "the card has 1e-06 GB; --activation_checkpointing; --cpu_offload"
     assert (chosen in capsys.readouterr().out) == made_up

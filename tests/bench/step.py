@@ -2,7 +2,7 @@
 turn.
 
     python tests/bench/step.py                      # on a CPU: CPU seconds at one thread
-    python tests/bench/step.py --config qwen1.5b    # on CUDA: random weights, wall seconds; also qwen7b
+    python tests/bench/step.py --config qwen1.5b    # on CUDA: random weights, wall seconds
 
 Each contestant runs in a process of its own, whose peak memory counts. `trl` has TRL's defaults, `trl lean`
 its better settings (no activation checkpointing, micro-batches as large as ours). Without trl the project is
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,13 +39,20 @@ class Config:
     layers: int = 4
     heads: int = 8
     kv: int = 2
+    tied: bool = True    # does the head share the embedding's table?
 
 
 CONFIGS = {"32k": Config(32_000), "152k": Config(151_936, prompts=2, tokens=64),
            "natural": Config(272, tokens=256, mean=80),
            "half dead": Config(272, tokens=256, mean=80, dead=True)}
-ON_CUDA = {"qwen1.5b": Config(151_936, 8, 12, 2048, 600, False, 1536, 8960, 28, 12, 2),
-           "qwen7b": Config(152_064, 8, 12, 2048, 600, False, 3584, 18944, 28, 28, 4)}
+# Qwen2.5's shapes
+ON_CUDA = {"qwen0.5b": Config(151_936, 8, 12, 1024, 400, False, 896, 4864, 24, 14, 2),
+           "qwen1.5b": Config(151_936, 8, 12, 1024, 400, False, 1536, 8960, 28, 12, 2),
+           "qwen3b": Config(151_936, 8, 12, 1024, 400, False, 2048, 11008, 36, 16, 2),
+           "qwen7b": Config(152_064, 8, 12, 1024, 400, False, 3584, 18944, 28, 28, 4, False)}
+TOYS = {"toy": Config(272, 2, 3, 16, 6, False, 32, 64, 2, 4, 2),
+        "toy, untied": Config(272, 2, 3, 16, 6, False, 32, 64, 2, 4, 2, False)}
+ALL = CONFIGS | ON_CUDA | TOYS
 REWARD = '''import random
 def pays(response, row):
     """Noise, so that no group is dead by chance; nothing where the problem says so."""
@@ -54,7 +62,7 @@ def pays(response, row):
 
 def build(config: Config, folder: Path) -> None:
     """A Qwen2 of random weights whose chance to end is the same at every token; problems and reward beside
-    it.
+    it. On a GPU it is saved in bf16: 7B in fp32 would be 30 GB.
 
     The first coordinate of every embedding is large and the same, so the end token's moves its logit alone.
     """
@@ -66,18 +74,20 @@ def build(config: Config, folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = small_tokenizer(chat=False)
     end = tokenizer.eos_token_id
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with common.HOME:
         model = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.inner,
             num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv,
-            max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=end,
+            max_position_embeddings=4096, tie_word_embeddings=config.tied, eos_token_id=end,
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).eval()
+    model.to(torch.bfloat16 if common.ON_GPU else torch.float32)
     with torch.no_grad():
-        head = model.get_input_embeddings().weight
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        head = model.get_output_embeddings().weight
         head[:, 0] = 1.0
         ids = torch.randint(0, 256, (4, 64), device=model.device)
         hidden = model.base_model(input_ids=ids).last_hidden_state[:, -1]
-        now = (hidden @ head.T).log_softmax(-1)[:, end].exp().mean().item()
+        now = (hidden @ head.T).float().log_softmax(-1)[:, end].exp().mean().item()
         wanted = 1 / config.mean if config.mean else 1e-9
         head[end, 0] += torch.tensor(wanted / (1 - wanted) * (1 - now) / now).log() / hidden[:, 0].mean()
     model.save_pretrained(folder / "model")
@@ -87,7 +97,8 @@ def build(config: Config, folder: Path) -> None:
     dead = drawn[::2] if config.dead else []  # half of the problems of each step
     write_rows(folder / "rows.jsonl", [
         {"problem": f"What is {i} plus {' plus '.join(words[:1 + i % 10])}?" + " (dead)" * (i in dead),
-         "answer": str(i)} for i in range(64)])
+         "answer": str(i), "strategy": "Problem type: sum. Strategy: add up. Steps: from left to right."}
+        for i in range(64)])
     (folder / "reward.py").write_text(REWARD)
 
 
@@ -100,31 +111,47 @@ def seconds() -> float:
     return time.perf_counter()
 
 
-def ours(config: Config, folder: Path, steps: int) -> list[dict]:
-    """Run the baseline -> a row for every step: seconds, real tokens."""
-    import grpo_baseline as script
-    rollout, update, rows = script.rollout, script.update, []
+def ours(config: Config, folder: Path, steps: int, script="grpo_baseline", flags=(),
+         watch=lambda what: nullcontext()) -> list[dict]:
+    """Run a script, but for what it saves at its end -> a row for every step: seconds, tokens, passes.
 
-    def timed_rollout(*args):
-        began = seconds()
-        ro = rollout(*args)
-        rows.append({"began": began, "rollout": seconds() - began})
+    The first step is a short one, to warm up. `watch("rollout")` and `watch("update")` are entered around the
+    others'.
+    """
+    import torch
+    script, rows = importlib.import_module(script), []
+    rollout, update, microbatches = script.rollout, script.update, script.microbatches
+
+    def timed_rollout(*rest):
+        *rest, args = rest
+        args = args if rows else replace(args, max_new_tokens=min(args.max_new_tokens, 32))
+        with watch("rollout") if rows else nullcontext():
+            began = seconds()
+            ro = rollout(*rest, args)
+            rows.append({"began": began, "rollout": seconds() - began, "passes": [],
+                         "written": ro.mask.sum(1).tolist(), "lengths": ro.lengths()})
         return ro
 
     def timed_update(*args):
-        began, ro = seconds(), args[2]
-        metrics = update(*args)
-        rows[-1] |= {"total": seconds() - rows[-1].pop("began"), "train": seconds() - \
-                                      began, "real": sum(ro.lengths())}
+        with watch("update") if rows[1:] else nullcontext():
+            began = seconds()
+            metrics = update(*args)
+            rows[-1] |= {"total": seconds() - rows[-1].pop("began"), "train": seconds() - began,
+                         "real": sum(rows[-1]["lengths"]), "padding": metrics.get("padding_frac", 0.0)}
         return metrics
 
-    script.rollout, script.update = timed_rollout, timed_update
-    sys.argv = ["grpo_baseline.py", *map(str, (
-        "--model", folder / "model", "--dataset", folder / \
-            "rows.jsonl", "--reward", f"{folder}/reward.py:pays",
-        "--steps", steps, "--prompts_per_step", config.prompts, "--group_size", config.samples,
-        "--max_new_tokens", config.tokens, "--top_p", 1.0, "--warmup_frac", 0, "--system_prompt", "",
-        "--save_every", 0, "--out", folder / f"run-{os.getpid()}"))]
+    def seen_microbatches(chosen, lengths, *more):
+        rows[-1]["passes"] += [(i, lengths[i], torch.is_grad_enabled()) for i in chosen]
+        return microbatches(chosen, lengths, *more)
+
+    script.rollout, script.update, script.microbatches = timed_rollout, timed_update, seen_microbatches
+    script.Run.finish = lambda self: None
+    sys.argv = [f"{script.__name__}.py", *map(str, (
+        "--model", folder / "model", "--dataset", folder / "rows.jsonl", "--reward",
+        f"{folder}/reward.py:pays", "--steps", steps, "--prompts_per_step", config.prompts, "--group_size",
+        config.samples, "--max_new_tokens", config.tokens, "--top_p", 1.0, "--warmup_frac", 0,
+        "--system_prompt", "", "--save_every", 0, "--eval_every", 0, "--out",
+        folder / f"run-{os.getpid()}-{time.time()}", *flags))]
     script.main()
     return rows
 
@@ -182,11 +209,12 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
 def child(who: str, name: str, folder: Path, steps: int) -> None:
     """One contestant, in this process: its steps but the first, and its peak, as the last line of stdout."""
     import torch
-    config = (CONFIGS | ON_CUDA)[name]
+    config = ALL[name]
     rows = ours(config, folder, steps) if who == "ours" else theirs(config, folder, steps, who == "trl lean")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
-    print(json.dumps({"steps": rows[1:], "peak": peak}))
+    rows = [{key: row[key] for key in ("rollout", "train", "total", "real")} for row in rows[1:]]
+    print(json.dumps({"steps": rows, "peak": peak}))
 
 
 def in_a_process(*call: str) -> dict:
@@ -206,6 +234,18 @@ def summary(parts: list[dict]) -> dict:
         "peak": statistics.median(part["peak"] for part in parts)}
 
 
+def compare(name: str, steps: int, repeats: int, contestants: list[str]) -> dict[str, dict]:
+    """The medians of each contestant; they take turns. Without trl only ours."""
+    contestants = contestants if importlib.util.find_spec("trl") else ["ours"]
+    with tempfile.TemporaryDirectory() as folder:
+        build(ALL[name], Path(folder))
+        parts = {who: [] for who in contestants}
+        for _ in range(repeats):
+            for who in contestants:
+                parts[who].append(in_a_process(who, name, folder, str(steps)))
+    return {who: summary(some) for who, some in parts.items()}
+
+
 def main() -> None:
     import torch
 
@@ -213,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="*",
-                        help=f"of {', '.join(CONFIGS | ON_CUDA)}; default: the device's")
+                        help=f"of {', '.join(ALL)}; default: the device's")
     parser.add_argument("--steps", type=int, default=5, help="a process; the first is not counted")
     parser.add_argument("--repeats", type=int, default=2, help="how often the contestants take turns")
     parser.add_argument("--contestants", nargs="*", default=["ours", "trl", "trl lean"])
@@ -222,16 +262,9 @@ def main() -> None:
     if args.child:
         who, name, folder, steps = args.child
         return child(who, name, Path(folder), int(steps))
-    contestants = args.contestants if importlib.util.find_spec("trl") else ["ours"]
     keys = ("total", "rollout", "train", "total, a token", "train, a token", "peak")
-    for name in args.config or (ON_CUDA if torch.cuda.is_available() else CONFIGS):
-        with tempfile.TemporaryDirectory() as folder:
-            build((CONFIGS | ON_CUDA)[name], Path(folder))
-            parts = {who: [] for who in contestants}
-            for _ in range(args.repeats):
-                for who in contestants:
-                    parts[who].append(in_a_process(who, name, folder, str(args.steps)))
-        found = {who: summary(some) for who, some in parts.items()}
+    for name in args.config or (["qwen0.5b", "qwen1.5b"] if common.ON_GPU else CONFIGS):
+        found = compare(name, args.steps, args.repeats, args.contestants)
         print(f"\n{name}")
         common.say_table([["", "s a step", "rollout", "train", "tokens", "peak MB"], *[
             [who, *(f"{r[k]:.2f}" for k in keys[:3]), f"{r['real']:.0f}", f"{r['peak'] / 1e6:.0f}"]
