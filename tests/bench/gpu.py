@@ -219,7 +219,7 @@ def pieces():
 
     def batch():
         room = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64) if TOY else None
-        answers = model.generate_batch(prompts, settings(), room).values()
+        answers = model.generate_batch(prompts, settings(), continuous_batching_config=room).values()
         return common.padded([answer.generated_tokens for answer in answers], common.HOME)[0]
 
     def ours(new: int = new):

@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -105,7 +104,9 @@ def build(config: Config, folder: Path) -> None:
 def seconds() -> float:
     """CPU seconds of this process, or on CUDA wall time."""
     import torch
-    if not torch.cuda.is_available():
+
+    import common
+    if not common.ON_GPU:
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
@@ -158,7 +159,6 @@ def ours(config: Config, folder: Path, steps: int, script="grpo_baseline", flags
 
 def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
     """TRL with `generate` -> the same rows."""
-    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
     from trl import GRPOConfig, GRPOTrainer
@@ -170,7 +170,7 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     problems = common.load_rows(str(folder / "rows.jsonl"))
     prompts = [tokenizer.decode(common.build_prompt(tokenizer, row["problem"], "")) for row in problems]
-    rows, N, on_gpu = [], config.prompts * config.samples, torch.cuda.is_available()
+    rows, N, on_gpu = [], config.prompts * config.samples, common.ON_GPU
     batch = min(N, 8) if on_gpu or not lean else N
 
     class Clock(TrainerCallback):
@@ -208,13 +208,11 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
 
 def child(who: str, name: str, folder: Path, steps: int) -> None:
     """One contestant, in this process: its steps but the first, and its peak, as the last line of stdout."""
-    import torch
+    import common
     config = ALL[name]
     rows = ours(config, folder, steps) if who == "ours" else theirs(config, folder, steps, who == "trl lean")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak
     rows = [{key: row[key] for key in ("rollout", "train", "total", "real")} for row in rows[1:]]
-    print(json.dumps({"steps": rows, "peak": peak}))
+    print(json.dumps({"steps": rows, "peak": common.peak_memory_gb() * 2 ** 30}))
 
 
 def in_a_process(*call: str) -> dict:
@@ -247,8 +245,6 @@ def compare(name: str, steps: int, repeats: int, contestants: list[str]) -> dict
 
 
 def main() -> None:
-    import torch
-
     import common
     parser = argparse.ArgumentParser(description=__doc__,
      formatter_class=argparse.RawDescriptionHelpFormatter)
