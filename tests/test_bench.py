@@ -137,3 +137,14 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         gpu.main()
     assert "--only nothing: there are tests, demo, sgpo-0.5b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_end_is_as_likely_everywhere(tied, tmp_path):
+    """So that lengths are natural: as if each were drawn with one chance at every token."""
+    gpu.step.build(gpu.step.Config(2000, mean=50, hidden=512, layers=8, tied=tied), tmp_path)
+    model = common.load_model(str(tmp_path / "model"))
+    ids = torch.randint(0, 2000, (4, 200), device=model.device)
+    chance = model(ids).logits.softmax(-1)[..., model.config.eos_token_id].flatten().float()
+    assert 1 / chance.mean().item() == pytest.approx(50, rel=0.1)
+    assert 0.8 / 50 < chance.quantile(0.05) and chance.quantile(0.95) < 1.2 / 50

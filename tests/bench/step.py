@@ -63,7 +63,8 @@ def build(config: Config, folder: Path) -> None:
     """A Qwen2 of random weights whose chance to end is the same at every token; problems and reward beside
     it. On a GPU it is saved in bf16: 7B in fp32 would be 30 GB.
 
-    The first coordinate of every embedding is large and the same, so the end token's moves its logit alone.
+    The first coordinate of every embedding is large and the same, no layer writes there, and the end token's
+    row of the head has nothing else: so its logit is about the same everywhere, whatever was written.
     """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -81,11 +82,14 @@ def build(config: Config, folder: Path) -> None:
             pad_token_id=tokenizer.pad_token_id, bos_token_id=None)).eval()
     model.to(torch.bfloat16 if common.ON_GPU else torch.float32)
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 0] = 1.0
         head = model.get_output_embeddings().weight
-        head[:, 0] = 1.0
-        ids = torch.randint(0, 256, (4, 64), device=model.device)
-        hidden = model.base_model(input_ids=ids).last_hidden_state[:, -1]
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[0] = 0.0
+        head[end] = 0.0
+        model.get_input_embeddings().weight[:, 0] = head[:, 0] = 1.0
+        ids = torch.randint(0, config.vocabulary, (4, 64), device=model.device)
+        hidden = model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1)
         now = (hidden @ head.T).float().log_softmax(-1)[:, end].exp().mean().item()
         wanted = 1 / config.mean if config.mean else 1e-9
         head[end, 0] += torch.tensor(wanted / (1 - wanted) * (1 - now) / now).log() / hidden[:, 0].mean()
