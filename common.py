@@ -78,6 +78,8 @@ def refuse(message: str, alone: bool = False) -> NoReturn:
     """
     if rank() == 0 or alone:
         print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
+    if Run.new and not has_begun(Run.new):  # what has done nothing leaves nothing
+        shutil.rmtree(Run.new)
     raise SystemExit(2)
 
 
@@ -104,14 +106,11 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         for kind in (signal.SIGINT, signal.SIGTERM):
             signal.signal(kind, Stop.on_signal)
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
+            # ASCII terminals get escapes, and a log its lines as they are said.
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         join_processes()
         try:
             main()
-        except SystemExit as end:
-            if end.code == 2:
-                Run.refused()
-            raise
         except (torch.OutOfMemoryError, MemoryError):  # never retried: FSDP2 is broken after half a backward
             refuse("out of memory: lower --microbatch_tokens (training) or --generation_batch_size "
                    "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", alone=True)
@@ -1367,14 +1366,10 @@ class Run:
             Run.new = None if self.dir.exists() else self.dir
             (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.dir / "lock", f"--out {self.dir}: another run is writing there")
+        check_directory(self.dir, self.config, self.MAY_DIFFER, self.args.resume)  # it may have come and gone
+        if rank() == 0:
             write_atomic(self.dir / "config.json", json.dumps(self.config, indent=2) + "\n")
         barrier()
-
-    @staticmethod
-    def refused() -> None:
-        """A run that is refused before it has done anything leaves nothing."""
-        if Run.new and not has_begun(Run.new):
-            shutil.rmtree(Run.new)
 
     def begin(self, model, tokenizer, optimizer, evaluate: Callable[[], dict[str, float]]) -> None:
         """What is saved and how to evaluate it; a resumed run goes back to its newest whole checkpoint."""
@@ -1754,6 +1749,7 @@ class Endpoint:
     known, or nothing but failures, ends the program.
     """
     RETRIES, FAILURES = 5, 16  # of a request; of requests in a row
+    PATIENCE = 10  # seconds without an answer that are no news; then twice as many
 
     def __init__(self, args: Any):
         try:
@@ -1767,7 +1763,7 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=args.strategist, api_key=self.key, max_retries=self.RETRIES,
                                     timeout=args.strategist_timeout)
         self.answered, self.failed, self.lock = 0, 0, threading.Lock()
-        self.heard, self.patience = time.monotonic(), 10  # the last answer, and how long silence is no news
+        self.heard, self.patience = time.monotonic(), self.PATIENCE
         screen = logging.StreamHandler()  # each retry is a line
         screen.addFilter(lambda record: record.getMessage().startswith("Retrying"))
         log = logging.getLogger("openai._base_client")
@@ -1797,7 +1793,7 @@ class Endpoint:
             return self.no_answer("no answer", error, self.FAILURES)
         with self.lock:
             self.answered, self.failed = self.answered + 1, 0
-            self.heard, self.patience = time.monotonic(), 10
+            self.heard, self.patience = time.monotonic(), self.PATIENCE
         return text
 
     def no_answer(self, what: str, error: Exception, most: int) -> NoAnswer:

@@ -24,6 +24,10 @@ from conftest import Child, read_jsonl, small_model, small_tokenizer, stripped, 
 PROGRAMS = ("sgpo", "tgpo", "grpo_baseline", "eval_math")
 TRAINING = ("--steps 6 --prompts_per_step 3 --group_size 3 --lr 1e-3 --save_every 3 --warmup_frac 0.5 "
             "--warmup_lr 1e-3 --warmup_epochs 4 --warmup_batch_size 3 --eval_every 2 --eval_samples 2")
+REWARD = """from common import grade
+def even(response, row):
+    return max(grade(response, row["answer"]), float(len(response) % 2 == 0))  # the grader counts, too
+"""
 EVALUATION = "--strategies own --k 12 --generation_batch_size 8".split()
 
 
@@ -66,7 +70,7 @@ def main() -> None:
     n, draw, home = int((sys.argv + ["20"])[1]), random.Random(0), Path(tempfile.mkdtemp())
     small_model().save_pretrained(home / "model")
     small_tokenizer().save_pretrained(home / "model")
-    (home / "reward.py").write_text("def even(response, row):\n    return float(len(response) % 2 == 0)\n")
+    (home / "reward.py").write_text(REWARD)
     write_rows(home / "rows.jsonl", [
         {"problem": f"What is {i} + {i}?", "answer": f"{2 * i}", "solution": f"It is {2 * i}.".ljust(18),
          "strategy": f"Type: sum. Strategy: double {i}."} for i in range(12)])
