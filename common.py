@@ -1380,7 +1380,8 @@ class Run:
                 self.step, loaded = load_state(folder, model, optimizer)["step"], folder
                 break
             except Damaged as error:
-                print(f"{folder} cannot be read ({type(error.__cause__).__name__}): going back to the one before")
+                why = type(error.__cause__).__name__
+                print(f"{folder} cannot be read ({why}): going back to the one before")
                 damaged.append(folder)
         if damaged and not loaded:
             refuse(f"{self.dir / 'checkpoints'}: none can be read; remove them to begin again")
@@ -1806,6 +1807,11 @@ class Endpoint:
             raise Unanswered(f"--strategist {self.args.strategist}: {why}")
         return NoAnswer(what)
 
+    def say_silence(self) -> None:
+        print(f"no answer of {self.args.strategist} for {self.patience} s; a try waits for "
+              f"--strategist_timeout, {self.args.strategist_timeout:g} s", file=sys.stderr)
+        self.patience *= 2
+
     def each(self, work: Callable[[list], list], rows: Sequence[dict]) -> Iterator:
         """work([row]) of every row, in threads -> results in the order in which they come."""
         rows = rows if rank() == 0 else []  # one process has threads enough
@@ -1819,9 +1825,7 @@ class Endpoint:
                         break
                     except multiprocessing.TimeoutError:
                         if time.monotonic() > self.heard + self.patience:
-                            print(f"no answer of {self.args.strategist} for {self.patience} s; each try waits "
-                                  f"--strategist_timeout {self.args.strategist_timeout:g}", file=sys.stderr)
-                            self.patience *= 2
+                            self.say_silence()
                     except Unanswered as error:
                         refuse(f"{error}; strategies found so far are kept: --resume asks for the rest",
                                alone=True)

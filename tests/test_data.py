@@ -1,4 +1,4 @@
-"""Flags, rows of every known layout, prompts, the demo's data; and what is said of input that is refused."""
+"""Flags, rows of every known layout, prompts, the demo's data. test_strange.py has what is refused."""
 import json
 import sys
 
@@ -8,7 +8,7 @@ import common
 import grpo_baseline
 import sgpo
 import tgpo
-from conftest import SHARED, read_jsonl, small_model, small_tokenizer, write_rows
+from conftest import SHARED, small_tokenizer, write_rows
 
 BOXED = "So it is $\\boxed{\\frac{1}{2}}$."
 DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form "
@@ -76,26 +76,6 @@ def test_hub_data_sets(monkeypatch):
                      (("HuggingFaceH4/MATH-500", None), {"split": "test"})]
 
 
-@pytest.mark.parametrize("line, said", [('{"answer": "1"}', 'no "problem"'), ('{"problem": "p"}',
-        'no "answer"'), ("[1]", "JSON object"), ('{"problem": "p", "answer": " "}', 'no "answer"'),
-                                        ("{broken", "not JSON"), ("[" * 100000, "not JSON"),
-                                        ('{"problem": 3, "answer": "1"}', 'no "problem"'),
-                                        ('{"prompt": [], "reward_model": {}}', "layout"),
-                                        ('{"problem": "p", "answer": "1", "strategy": 5}', '"strategy"'),
-                                        ('{"problem": "p", "answer": %s}' % ("9" * 5000), ""),
-                                        ('{"problem": "\\ud800", "answer": "1"}', "half a character"),
-                                        (b'{"problem": "\xff", "answer": "1"}', "")])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, capsys, line, said):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"problem": "p", "answer": "1"}\n\n' + \
-                     (line if isinstance(line, bytes) else line.encode()) + b"\n")
-    with pytest.raises(SystemExit) as stop:
-        common.load_rows(str(path))
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and f"{path}, line 3" in err and said in err
-    assert "line 1" not in err.replace(f"{path}", "")
-
-
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, model_dirs, capsys):
     rows = [{"problem": "p" * n, "answer": a} for n, a in [(5, "1"), (500, "2"), (5, "\\frac{")]]
     data = str(write_rows(tmp_path / "rows.jsonl", rows))
@@ -155,101 +135,7 @@ def test_a_template_that_writes_the_date_gets_a_fixed_one():
 
 # ---- flags
 
-def refused(run_script, capsys, script, *argv) -> str:
-    assert run_script(script, *argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
-@pytest.fixture
-def argv(model_dirs, rows_file):
-    return ["--model", model_dirs["qwen2"], "--dataset", rows_file, "--reward",
-            f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 3, "--group_size", 3,
-            "--max_new_tokens", 8, "--steps", 1]
-
-
-@pytest.mark.parametrize("flags, said", [(["--group_size", 1], "--group_size is 1; it must be in [2, inf)"),
-                                         (["--guided_group_size", 0], "is 0"),
-                                         (["--stepz", 3], "did you mean --steps"),
-                                         (["--nonsense"], "unknown flag --nonsense"),
-                                         (["--steps", "many"], "--steps"),
-                                         (["--temperature", 0], "in (0, inf)"),
-                                         (["--top_p", 1.5], "in (0, 1]"),
-                                         (["--loss_type", "ppo"], "--loss_type"),
-                                         (["--distill", "magic"], "--distill"), (["--gamma", 0], "--gamma"),
-                                         (["--lr", "nan"], "--lr is nan"), (["--lr", "inf"], "--lr is inf"),
-                                         (["--delta", -1], "--delta"),
-                                         (["--temperature", "inf"], "--temperature is inf"),
-                                         (["--eval_temperature", "inf"], "is inf"),
-                                         (["--warmup_lr", "inf"], "is inf"), (["--gamma", "inf"], "is inf"),
-                                         (["--warmup_frac", 1.5], "in [0, 1]"),
-                                         (["--updates_per_rollout", 9], "--updates_per_rollout 9"),
-                                         (["--resume"], "--resume needs --out"),
-                                         (["--max_new_tokens", 5000], "exceeds the context of"),
-                                         (["--dataset", "missing.jsonl"], "no such file"),
-                                         (["--model", "./missing"], "no such directory"),
-                                         (["--reward", "missing.py:f"], "--reward missing.py:f"),
-                                         (["--max_prompt_tokens", 3], "none of its rows can be used"),
-                                         (["--dataset", "."], ".: no such file")])
-def test_bad_flags(flags, said, argv, tmp_path, run_script, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    before = set(tmp_path.rglob("*"))
-    out = [] if flags == ["--resume"] else ["--out", tmp_path / "run"]
-    assert said in refused(run_script, capsys, "sgpo", *argv, *out, *flags)
-    assert {p for p in tmp_path.rglob("*") if "__pycache__" not in str(p)} == before  # nothing half-written
-
-
-def test_bad_data_models_and_rewards(argv, rows_file, tmp_path, run_script, capsys):
-    bare, argv = tmp_path / "bare", [*argv, "--out", tmp_path / "run"]
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.parquet").write_text("no")
-    small_model().save_pretrained(bare)
-    plain = [{k: v for k, v in row.items() if k != "strategy"} for row in read_jsonl(rows_file)]
-    for more, said in ((["--dataset", tmp_path / "empty.jsonl"], "no rows"),
-                       (["--dataset", tmp_path / "broken.parquet"], "not a readable parquet file"),
-                       (["--model", bare], "no tokenizer can be loaded"),
-                       (["--dataset", write_rows(tmp_path / "plain.jsonl", plain)], "--distill none")):
-        assert said in refused(run_script, capsys, "sgpo", *argv, *more)
-    for body, said in (("1 / 0", "ZeroDivisionError"), ("exit()", "SystemExit"),
-                       ("1e300", "not from -1e6 to 1e6"), ("float('nan')", "not from -1e6 to 1e6"),
-                       ("'x'", "ValueError")):
-        (tmp_path / "crash.py").write_text(f"def f(response, row):\n    return {body}\n")
-        assert said in refused(run_script, capsys, "sgpo", *argv, "--reward", f"{tmp_path}/crash.py:f")
-    clears = "def f(response, row):\n    row.clear()\n    return float(len(response) % 2)\n"
-    (tmp_path / "crash.py").write_text(clears)
-    # what was refused left no trace
-    assert run_script("sgpo", *argv, "--reward", f"{tmp_path}/crash.py:f") == 0
-
-
-def test_foreign_and_other_run_directories(argv, tmp_path, run_script, capsys):
-    out, foreign = tmp_path / "run", tmp_path / "foreign"
-    assert run_script("grpo_baseline", *argv, "--out", out) == 0
-    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("precious")
-    capsys.readouterr()
-    for more, said in ((["--out", out], "add --resume"),
-                       (["--out", out, "--lr", 0.5, "--resume"], "lr: 1e-06 there, 0.5 now"),
-                       (["--out", foreign], "holds no results"),
-                       (["--out", foreign / "thesis.tex"], "cannot be used"),
-                       (["--out", "/proc/x"], "cannot be used"),
-                       (["--out", tmp_path / "new", "--resume"], "no run in")):
-        assert said in refused(run_script, capsys, "grpo_baseline", *argv, *more)
-    assert "script: 'grpo_baseline' there" in refused(
-    run_script, capsys, "sgpo", *argv, "--out", out, "--resume")
-    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
-    assert [p.name for p in foreign.iterdir()] == ["thesis.tex"] and not (tmp_path / "new").exists()
-
-
-def test_two_runs_do_not_share_a_directory(argv, tmp_path, run_script, capsys):
-    (tmp_path / "run").mkdir()
-    with common.lock(tmp_path / "run" / "lock", "taken"):
-        said = refused(run_script, capsys, "grpo_baseline", *argv, "--out", tmp_path / "run")
-    assert "another run is writing there" in said and not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_flag_files_and_spellings(argv, model_dirs, rows_file, tmp_path, run_script, capsys):
+def test_flag_files_and_spellings(model_dirs, rows_file, tmp_path, run_script):
     flags = {"model": str(model_dirs["qwen2"]), "dataset": str(rows_file), "steps": 1, "prompts_per_step": 2,
              "group_size": 2, "lr": 1e-3}
     (tmp_path / "flags.json").write_text(json.dumps(flags))
@@ -257,13 +143,6 @@ def test_flag_files_and_spellings(argv, model_dirs, rows_file, tmp_path, run_scr
                       tmp_path / "run") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())["flags"]
     assert config["max_new_tokens"] == 4 and config["lr"] == 0.5 and config["group_size"] == 2
-    for name, text, said in (("f.yaml", "steps: many\n", "--steps"), ("f.yaml", "steps: [1, 2]\n", "2"),
-                             ("f.json", '{"stepz": 1}', "did you mean --steps"),
-                             ("f.json", '{"steps": 2.5}', "2.5"),
-                             ("f.json", "[1]", "f.json: cannot read flags"),
-                             ("f.json", "{", "f.json: cannot read")):
-        (tmp_path / name).write_text(text)
-        assert said in refused(run_script, capsys, "grpo_baseline", tmp_path / name, *argv[:4])
 
 
 def test_every_flag_has_a_help_line_in_a_group(run_script, capsys):

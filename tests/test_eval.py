@@ -2,7 +2,6 @@
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 
@@ -320,34 +319,6 @@ def refused(capsys, run, *argv) -> str:
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err
-
-
-BAD_STRATEGIES = [{"problem": "What is 0 + 0?"}, [1], {"strategy": "s"}, {"problem": "q", "strategy": "s"},
-                  {"id": "0", "strategy": "s"}]  # 0.jsonl to 4.jsonl
-
-
-@pytest.mark.parametrize("flags, said", [
-    ("--benchmarks math501", "math501: neither a file nor one of math500, amc23, aime24, aime25, minerva,"),
-    ("--benchmarks ,", "empty"), ("--benchmarks missing.jsonl", "missing.jsonl: no such file"),
-    ("--benchmarks sums.jsonl,./sums.jsonl", "there is a sums.jsonl"), ("--k few", "--k"),
-    ("--k 0", "--k is 0; it must be in [1, inf)"), ("--temperature 0", "add --k 1"), ("--top_p 0", "--top_p"),
-    ("--temperature -1", "--temperature"), ("--temperature inf", "--temperature"), ("--seed -1", "--seed"),
-    ("--generation_batch_size 0", "is 0"), ("--max_new_tokens 0", "--max_"),
-    ("--max_new_tokens 4090", "exceeds"),
-    ("--model ./missing", "no such directory"), ("--model half", "no causal language model can be loaded"),
-    ("--strategies own", "no problem of the benchmarks"), ("--strategies missing.jsonl", "no such file"),
-    ("--strategies 0.jsonl", "line 1: a row must have a"), ("--strategies 1.jsonl", "a row must have"),
-    ("--strategies 2.jsonl", '"problem" or "id"'), ("--strategies 3.jsonl", "no problem of"),
-    ("--strategies 4.jsonl", "several benchmarks have the id 0")])
-def test_bad_flags(flags, said, evaluate, file, tmp_path, model_dirs, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_dirs["qwen2"], "half", ignore=shutil.ignore_patterns("*.safetensors"))
-    write_rows(tmp_path / "other.jsonl", problems(2, "Which"))
-    for i, row in enumerate(BAD_STRATEGIES):
-        write_rows(tmp_path / f"{i}.jsonl", [row])
-    before = set(tmp_path.rglob("*"))
-    assert said in refused(capsys, evaluate, "sums.jsonl,other.jsonl", "out", *flags.split())
-    assert set(tmp_path.rglob("*")) == before  # nothing half-written
 
 
 def test_the_same_directory_again(evaluate, file, tmp_path, model_dirs, run_script, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import grpo_baseline
 import sgpo
-from conftest import ROOT, SHARED, Child, read_jsonl, small_model, small_tokenizer, stripped, write_rows
+from conftest import ROOT, SHARED, Child, read_jsonl, small_tokenizer, stripped, write_rows
 from test_ranks import whole_run_for_real
 
 SCRIPTS = ("sgpo", "grpo_baseline")
@@ -203,31 +202,14 @@ def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(
                     "    return float(n > 9 and len(response) % 2)\n")
     argv = argv_of("grpo_baseline", model_dirs, rows_file, "--save_every", 1, "--reward", f"{late}:f")
     assert run_script("grpo_baseline", *argv, "--steps", 1, "--out", tmp_path / "run") == 0
-    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[0]["updates"] == 0
+    first, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert first["updates"] == 0 and "padding_frac" not in first  # nothing was trained on
     late.write_text("def f(response, row):\n    return float(len(response) % 2)\n")  # as it is from step 2 on
     assert run_script("grpo_baseline", *argv, "--steps", 2, "--out", tmp_path / "run", "--resume") == 0
     late.write_text("n = 0\ndef f(response, row):\n    global n\n    n += 1\n"
                     "    return float(n > 9 and len(response) % 2)\n")
     assert run_script("grpo_baseline", *argv, "--steps", 2, "--out", tmp_path / "whole") == 0
     assert read_jsonl(tmp_path / "whole" / "metrics.jsonl")[1]["updates"] == 1
-    same_runs(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("damage", ["cut", "without metadata", "without about.json"])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(damage, model_dirs, rows_file, tmp_path,
-                                                                 run_script, capsys):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--save_every", 1)
-    for steps, out in ((3, "run"), (4, "whole")):
-        assert run_script("grpo_baseline", *argv, "--steps", steps, "--out", tmp_path / out) == 0
-    newest = tmp_path / "run" / "checkpoints" / "step_000003"
-    if damage == "cut":
-        for file in newest.glob("*.distcp"):
-            file.write_bytes(file.read_bytes()[:2000])
-    else:
-        (newest / (".metadata" if damage == "without metadata" else "about.json")).unlink()
-    capsys.readouterr()
-    assert run_script("grpo_baseline", *argv, "--steps", 4, "--out", tmp_path / "run", "--resume") == 0
-    assert "step_000003 cannot be read" in capsys.readouterr().out
     same_runs(tmp_path / "run", tmp_path / "whole")
 
 
@@ -408,23 +390,6 @@ def test_a_stop_before_training_is_one_line_and_leaves_nothing(model_dirs, rows_
 
 # ---- disks, numbers, memory
 
-def on_a_small_disk(argv, out):
-    # a write beyond this fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    return whole_run_for_real("grpo_baseline", [*argv, "--out", out])
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(model_dirs, rows_file, tmp_path):
-    argv, run = argv_of("grpo_baseline", model_dirs, rows_file,
-                        "--steps", 2, "--save_every", 1), tmp_path / "run"
-    assert Child(on_a_small_disk, argv, run, said=tmp_path / "said").ended() == 2
-    err = (tmp_path / "said.err").read_text()
-    assert err.count("\n") == 1 and "cannot be written" in err and "make room" in err
-    assert not (run / "model").exists() and not list((run / "checkpoints").iterdir())
-    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", run, "--resume"]).ended() == 0
-
-
 @pytest.mark.parametrize("times, code", [(1, 0), (5, 2)])
 def test_gradients_that_are_not_finite(times, code, model_dirs, rows_file,
                                        tmp_path, run_script, capsys, monkeypatch):
@@ -463,14 +428,6 @@ def test_out_of_memory_is_one_line_and_nothing_is_retried(model_dirs, rows_file,
     err = capsys.readouterr().err
     assert len(calls) == 1 and err.count(
         "\n") == 1 and "lower --microbatch_tokens" in err and "--cpu_offload" in err
-
-
-def test_a_model_of_nans_is_not_saved(tmp_path, capsys):
-    model = small_model()
-    model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(SystemExit):
-        common.save_pretrained(model, small_tokenizer(), tmp_path / "model")
-    assert "not finite" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_memory_rule():

@@ -1,4 +1,4 @@
-"""Strange inputs, damaged files, runs that meet: one line and exit code 2, or the work is done all the same."""
+"""Strange inputs, damaged files, runs that meet: one line and exit code 2, or the work is done anyhow."""
 import os
 import resource
 import shutil
@@ -30,61 +30,71 @@ BAD_LINES = {  # the third of a file of rows
     b'{"problem": "\xff", "answer": "1"}': "not JSON ('utf-8' codec can't decode byte 0xff",
     '{"problem": "\\ud800", "answer": "1"}': "holds half a character"}
 FLAG_FILES = {
-    '{"steps": 2.5}': "2.5", '{"steps": "many"}': "--steps", '{"steps": [1, 2]}': "2", '{"steps": true}': "True",
+    '{"steps": 2.5}': "2.5", "steps: many": "--steps", "steps: [1, 2]": "2", '{"steps": true}': "True",
     '{"stepz": 1}': "did you mean --steps", "[1]": "cannot read flags", "{": "cannot read flags",
     "null": "cannot read flags", '{"seed": %s}' % NINES: "cannot read flags",
-    '{"system_prompt": "\\ud800"}': "UTF-8", '{"out": "old", "resume": true, "lr": 0.5}': "1e-06 there, 0.5 now"}
+    '{"system_prompt": "\\ud800"}': "UTF-8", '{"resume": true}': "--resume needs --out",
+    '{"out": "old", "resume": true, "lr": 0.5}': "lr: 1e-06 there, 0.5 now"}
 REWARDS = {  # what the function gives
-    "1 / 0": "ZeroDivisionError", "exit()": "SystemExit", "1e300": "not from -1e6 to 1e6", "10 ** 400": "Overf",
-    "float('nan')": "not from -1e6 to 1e6", "'x'": "ValueError", "None": "TypeError",
+    "1 / 0": "ZeroDivisionError", "exit()": "SystemExit", "1e300": "not from -1e6 to 1e6",
+    "10 ** 400": "Overf", "float('nan')": "not from -1e6 to 1e6", "'x'": "ValueError", "None": "TypeError",
     "(_ for _ in ()).throw(KeyboardInterrupt)": "KeyboardInterrupt",
-    "globals().setdefault('n', iter('1' * 33)) and float(next(n))": "StopIteration"}  # after the evaluation
+    "globals().setdefault('n', iter('1' * 33)) and float(next(n))": "StopIteration"}
 FLAGS = {  # of sgpo.py
     "--group_size 1": "--group_size is 1; it must be in [2, inf)", "--guided_group_size 0": "is 0",
     "--stepz 3": "did you mean --steps", "--nonsense": "unknown flag --nonsense", "--steps many": "--steps",
     "--temperature 0": "in (0, inf)", "--top_p 1.5": "in (0, 1]", "--loss_type ppo": "--loss_type",
-    "--distill magic": "--distill", "--gamma 0": "--gamma", "--lr nan": "--lr is nan", "--delta -1": "--delta",
-    "--lr inf": "--lr is inf", "--temperature inf": "is inf", "--eval_temperature inf": "is inf",
-    "--warmup_lr inf": "is inf", "--gamma inf": "is inf", "--clip_high 1e300": "is 1e+300: too large",
-    f"--steps 1{'0' * 300}": "too large", "--warmup_frac 1.5": "in [0, 1]", "--resume": "no run in --out run",
-    "--updates_per_rollout 9": "--updates_per_rollout 9", "--max_new_tokens 5000": "exceeds the context of",
-    "--system_prompt \udcff": "not UTF-8", "--no_cpu_offload": "did you mean --cpu_offload",
-    "--dataset missing.jsonl": "no such file", "--dataset .": ".: no such file", "--dataset empty": "no rows",
+    "--distill magic": "--distill", "--gamma 0": "--gamma", "--lr nan": "--lr is nan",
+    "--delta -1": "--delta", "--lr inf": "--lr is inf", "--temperature inf": "is inf",
+    "--eval_temperature inf": "is inf", "--warmup_lr inf": "is inf", "--gamma inf": "is inf",
+    "--clip_high 1e300": "is 1e+300: too large", f"--steps 1{'0' * 300}": "too large",
+    "--warmup_frac 1.5": "in [0, 1]", "--updates_per_rollout 9": "--updates_per_rollout 9",
+    "--max_new_tokens 5000": "exceeds the context of", "--system_prompt \udcff": "not UTF-8",
+    "--no_cpu_offload": "did you mean --cpu_offload", "--dataset missing.jsonl": "no such file",
+    "--dataset .": ".: no such file", "--dataset empty": "no rows",
     "--dataset broken.parquet": "not a readable parquet file", "--dataset plain.jsonl": "--distill none",
-    "--dataset nobody/nothing": "not to be had from the hub", "--model nobody/nothing": "couldn't connect",
+    "--dataset solved.jsonl --strategist none": "none of the 5",
+    "--dataset . --resume": "no run in --out run", "--dataset nobody/nothing": "not to be had from the hub",
+    "--model nobody/nothing": "couldn't connect",
     "--dataset solved.jsonl --warmup_frac 1": "1.0 leaves no problem for RL", "--model bare": "no tokenizer",
     "--model ./missing": "no such directory", "--model nans": "its weights are not finite",
-    "--model demo": "/proc/nowhere/sgpo-tgpo: the demo cannot be built there (No such file or directory); set",
+    "--model demo": "/proc/nowhere/sgpo-tgpo: the demo cannot be built there (No such file or directory)",
     "--model half": "no causal language model can be loaded", "--max_prompt_tokens 3": "none of its rows can",
     "--reward missing.py:f": "--reward missing.py:f", "--reward reward.py:odd": "no attribute 'odd'",
-    "--out foreign": "holds no results", "--out foreign/thesis.tex": "cannot be used", "--out /proc/x": "cannot",
-    "--out config": "its config.json is not one of ours", "--out old": "script: 'grpo_baseline' there",
-    "--strategist http://x/v1": "name its model with --strategist_model", "--strategy_candidates 0": "[1, inf)",
-    "--strategist_model m": "http(s)://HOST:PORT/v1", "--strategies .": "a directory",
-    "--strategist http://me:key@x/v1 --strategist_model m": "OPENAI_API_KEY", "--strategies 1.jsonl": "line 1",
-    "--strategist http://x/v1?key=abc --strategist_model m": "OPENAI_API_KEY", "--strategies a/b": "no such fol",
-    "--strategies foreign/thesis.tex": "thesis.tex, line 2", "--strategies 5.jsonl": "holds half a character",
+    "--out foreign": "holds no results", "--out foreign/thesis.tex": "cannot be used",
+    "--out /proc/x": "cannot", "--out config": "its config.json is not one of ours",
+    "--out old": "script: 'grpo_baseline' there",
+    "--strategist http://x/v1": "name its model with --strategist_model",
+    "--strategy_candidates 0": "[1, inf)", "--strategist_model m": "http(s)://HOST:PORT/v1",
+    "--strategies .": "a directory", "--strategist http://me:key@x/v1 --strategist_model m": "OPENAI_API_KEY",
+    "--strategies 1.jsonl": "line 1",
+    "--strategist http://x/v1?key=abc --strategist_model m": "OPENAI_API_KEY",
+    "--strategies a/b": "no such fol", "--strategies foreign/thesis.tex": "thesis.tex, line 2",
+    "--strategies 5.jsonl": "holds half a character",
     "--dataset solved.jsonl --warmup_frac 0 --strategies /proc/s.jsonl": "/proc/s.jsonl.lock: cannot be used"}
 EVAL_FLAGS = {
     "--benchmarks math501": "math501: neither a file nor one of math500, amc23, aime24, aime25, minerva,",
     "--benchmarks ,": "empty", "--benchmarks missing.jsonl": "missing.jsonl: no such file", "--k few": "--k",
-    "--benchmarks sums.jsonl,./sums.jsonl": "there is a sums.jsonl", "--k 0": "--k is 0; it must be in [1, inf)",
-    "--temperature 0": "add --k 1", "--top_p 0": "--top_p", "--temperature -1": "--temp", "--seed -1": "--seed",
-    "--temperature inf": "--temperature", "--generation_batch_size 0": "is 0", "--max_new_tokens 0": "--max_",
-    "--max_new_tokens 4090": "exceeds", "--model ./missing": "no such directory", "--model nans": "not finite",
-    "--model half": "no causal language model can be loaded", "--strategies own": "no problem of the benchmarks",
-    "--strategies missing.jsonl": "no such file", "--strategies 0.jsonl": "line 1: a row must have a",
-    "--strategies 1.jsonl": "a row must have", "--strategies 2.jsonl": '"problem" or "id"',
-    "--strategies 3.jsonl": "no problem of", "--strategies 4.jsonl": "several benchmarks have the id 0",
+    "--benchmarks sums.jsonl,./sums.jsonl": "there is a sums.jsonl",
+    "--k 0": "--k is 0; it must be in [1, inf)", "--temperature 0": "add --k 1", "--top_p 0": "--top_p",
+    "--temperature -1": "--temp", "--seed -1": "--seed", "--temperature inf": "--temperature",
+    "--generation_batch_size 0": "is 0", "--max_new_tokens 0": "--max_", "--max_new_tokens 4090": "exceeds",
+    "--model ./missing": "no such directory", "--model nans": "not finite",
+    "--model half": "no causal language model can be loaded",
+    "--strategies own": "no problem of the benchmarks", "--strategies missing.jsonl": "no such file",
+    "--strategies 0.jsonl": "line 1: a row must have a", "--strategies 1.jsonl": "a row must have",
+    "--strategies 2.jsonl": '"problem" or "id"', "--strategies 3.jsonl": "no problem of",
+    "--strategies 4.jsonl": "several benchmarks have the id 0",
     "--strategies 5.jsonl": "holds half a character", "--benchmarks math500": "not to be had from the hub"}
 STRATEGIES = [{"problem": "What is 0 + 0?"}, [1], {"strategy": "s"}, {"problem": "q", "strategy": "s"},
               {"id": "0", "strategy": "s"}, {"problem": "What is 0 + 0?", "strategy": "\ud83d"}]  # 0.jsonl ..
+FLAG_NAMES = [f"flags{k}.{'json' if text[0] in '[{n' else 'yaml'}" for k, text in enumerate(FLAG_FILES)]
 LINES = [f"bad{k}.jsonl, line 3: {said}" for k, said in enumerate(BAD_LINES.values())]
 REFUSED = [*[("sgpo", *flags) for flags in FLAGS.items()],
            *[("eval_math", *flags) for flags in EVAL_FLAGS.items()],
            *[("grpo_baseline", f"--dataset {said.split(',')[0]}", said) for said in LINES],
            *[("eval_math", f"--benchmarks {said.split(',')[0]}", said) for said in LINES],
-           *[("grpo_baseline", f"flags{k}.json", said) for k, said in enumerate(FLAG_FILES.values())],
+           *[("grpo_baseline", *flags) for flags in zip(FLAG_NAMES, FLAG_FILES.values())],
            *[("grpo_baseline", f"--eval_dataset rows.jsonl --reward reward{k}.py:f", said)
              for k, said in enumerate(REWARDS.values())]]
 
@@ -115,11 +125,12 @@ def place(tmp_path_factory):
     for k, line in enumerate(BAD_LINES):
         line = line if isinstance(line, bytes) else line.encode()
         write(f"bad{k}.jsonl", b'{"problem": "p", "answer": "1"}\n\n' + line + b"\n")
-    for k, text in enumerate(FLAG_FILES):
-        write(f"flags{k}.json", "\ufeff" * (k % 2) + text)  # a byte order mark is no matter
+    for k, (name, text) in enumerate(zip(FLAG_NAMES, FLAG_FILES)):
+        write(name, "\ufeff" * (k % 2) + text)  # a byte order mark is no matter
     for k, body in enumerate(REWARDS):
         write(f"reward{k}.py", f"def f(response, row):\n    return {body}\n")
-    write("reward.py", "def even(response, row):\n    row.clear()\n    return float(len(response) % 2 == 0)\n")
+    even = "def even(response, row):\n    row.clear()\n    return float(len(response) % 2 == 0)\n"
+    write("reward.py", even)
     write("foreign/thesis.tex", '{"problem": "p", "strategy": "s"}\nprecious\n')
     write("config/config.json", '{"model_type": "qwen2"}')
     write("broken.parquet", "no")
@@ -135,9 +146,7 @@ def go(place, run_script, monkeypatch):
     """Run a script in `place` on its usual flags and more -> its exit code."""
     def run(script: str, *flags) -> int:
         usual = EVALUATION if script == "eval_math" else TRAINING
-        flags = [str(x) for x in flags]
-        argv = [*flags, *usual[:-2]] if flags[0].endswith(".json") else [*usual, *flags]
-        return run_script(script, *argv)
+        return run_script(script, *([*flags, *usual[:-2]] if flags[0] in FLAG_NAMES else [*usual, *flags]))
     monkeypatch.chdir(place)
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     if not (place / "old").exists():
@@ -186,7 +195,8 @@ def speechless(kind: str, *argv) -> int:
 def test_a_screen_that_takes_no_text(kind, code, go, place, tmp_path):
     argv = [*TRAINING, "--out", tmp_path / "caf\u00e9"]
     assert Child(speechless, kind, *argv, said=tmp_path / "said").ended() == code
-    assert (tmp_path / "said.err").read_text() == "" and (tmp_path / "caf\u00e9" / "model").exists() == (not code)
+    assert (tmp_path / "said.err").read_text() == ""
+    assert (tmp_path / "caf\u00e9" / "model").exists() == (not code)
 
 
 # ---- runs that meet, and what is left of others
@@ -247,8 +257,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(damage, go, pla
 
 
 @pytest.mark.parametrize("file, content, said", [
-    ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1: not JSON"), ("config.json", b"\xff", "not one of ours"),
-    ("warmup.state/about.json", b"{}", "warmup.state: cannot be used (damaged, FileNotFoundError: remove it)")])
+    ("metrics.jsonl", b"\xff\n", "metrics.jsonl, line 1: not JSON"),
+    ("config.json", b"\xff", "its config.json is not one of ours"),
+    ("warmup.state/about.json", b"{}", "warmup.state: cannot be used (damaged, FileNotFoundError: remove")])
 def test_damaged_files_of_a_run(file, content, said, go, place, tmp_path, capsys):
     run, flags = tmp_path / "run", ["--dataset", "solved.jsonl", "--warmup_frac", 0.5, "--warmup_epochs", 1]
     assert go("grpo_baseline", *flags, "--out", run) == 0

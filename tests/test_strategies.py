@@ -242,10 +242,14 @@ def test_nonsense_costs_the_candidate(extract, tmp_path):
     assert row["strategy"] and row["score"] is None
 
 
-def test_an_endpoint_that_cannot_be_reached(extract, monkeypatch):
+def test_an_endpoint_that_cannot_be_reached_or_is_slow(extract, tmp_path, monkeypatch):
     with Server(delay=0.5) as server:
         said = extract(server, "--strategist_timeout", 0.02, code=2)
     assert "APITimeoutError" in said and server.url in said
+    monkeypatch.setattr(common.Endpoint, "PATIENCE", 0.2)
+    with Server(delay=0.5) as server:
+        said = extract(server, "--max_rows", 1, "--strategy_candidates", 1, "--out", tmp_path / "slow")
+    assert f"no answer of {server.url} for 0.2 s" in said
     said = extract(server, code=2)
     assert "APIConnectionError" in said and server.url in said
     monkeypatch.setitem(sys.modules, "openai", None)
@@ -333,26 +337,6 @@ def test_a_dry_run_says_the_plan_and_does_nothing(extract, tmp_path, monkeypatch
     assert "4 problems; 1 steps of 2 x (2 + 2 guided) samples" in said
     said = extract(server, "--dry_run", "--steps", 0, only=False)
     assert "0 there, 0 to extract" in said  # the SFT baseline needs none
-
-
-def test_refusals(flags, tmp_path, run_script, capsys):
-    thesis = tmp_path / "thesis"
-    thesis.write_text('{"problem": "p", "strategy": "s"}\nprecious\n')
-    (tmp_path / "l").write_text('["p", "s"]\n')
-    plain = write_rows(tmp_path / "plain.jsonl", [{"problem": "p", "answer": "1"}] * 3)
-    url, model = "http://x/v1", ["--strategist_model", "m"]
-    for more, said in (
-            (["--strategist", url], "name its model with --strategist_model"),
-            (model, "http(s)://HOST:PORT/v1"), (["--strategy_candidates", 0], "[1, inf)"),
-            (["--strategist", "http://me:key@x/v1", *model], "OPENAI_API_KEY"),
-            (["--strategist", f"{url}?key=abc", *model], "OPENAI_API_KEY"),
-            (["--strategies", thesis], "thesis, line 2"), (["--strategies", tmp_path / "l"], "l, line 1"),
-            (["--strategies", tmp_path], "s a directory"), (["--strategies", "a/b.jsonl"], "no such folder"),
-            (["--dataset", plain], "none of the 3 problems"), (["--strategist", "none"], "none of the 8")):
-        assert run_script("sgpo", *flags, *more) == 2, more
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and said in error and not (tmp_path / "run").exists()
-    assert thesis.read_text().endswith("precious\n")
 
 
 # ---- a model on this machine
