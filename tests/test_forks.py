@@ -29,7 +29,7 @@ MAX, TOKENIZER = 6, small_tokenizer()
 # Problems, the samples written to each, its solution. A "+" earns the reward; MAX tokens cut three texts off.
 WRITTEN = {"one is right": (["ab", "cdefghi", "fg+h"], "so +"), "none": (["qq", "rst", "u"], "ok+"),
            "two are": (["v+", "w+xyzuv", "yy"], "its plus is cut off: +"), "all": (["i+", "jk+", "+l"], "m+")}
-SEED = 1  # takes the problems in this order:
+SEED = 2  # takes the problems in this order:
 ORDER = [row["problem"] for row in common.batch_of_step([{"problem": p} for p in WRITTEN], 1, 4, SEED)]
 
 
@@ -149,19 +149,22 @@ def graded(problem: str) -> tuple[list, list[int], list[float], float]:
     return samples, solution, rewards, of_solution
 
 
+# Each reference gives a loss and the numbers whose mean is the fork's metric.
+
 def gspo(problems, logps, log_rho, low=3e-4, high=4e-4):
-    loss = 0.0
+    loss, moved = 0.0, []
     for problem in problems:
         samples, _, R, _ = graded(problem)
         mean, std = sum(R) / 3, torch.tensor(R).double().std()
         for ids, r in zip(samples, R):
             A, s = (r - mean) / (std + 1e-6), (log_rho(problem, ids).sum() / len(ids)).exp()  # Eq. 6, 7
             loss = loss - torch.min(s * A, s.clamp(1 - low, 1 + high) * A)  # Eq. 5
-    return loss / (3 * len(problems))
+            moved += [abs(s.item() - 1)] * len(ids) * (A != 0)
+    return loss / (3 * len(problems)), moved
 
 
 def luffy(problems, logps, log_rho, gamma=0.1):
-    loss = 0.0
+    loss, shown = 0.0, []
     for problem in problems:
         samples, solution, R, of_solution = graded(problem)
         mean = (sum(R) + of_solution) / 4  # Eq. 2
@@ -169,24 +172,27 @@ def luffy(problems, logps, log_rho, gamma=0.1):
             loss = loss - (r - mean) * log_rho(problem, ids).exp().sum()
         p = logps(problem, solution).exp()
         loss = loss - (of_solution - mean) * (p / (p + gamma)).sum()  # Eq. 5
-    return loss / (4 * len(problems) * MAX)
+        shown += p.tolist() * (of_solution != mean)
+    return loss / (4 * len(problems) * MAX), shown
 
 
 def hpt(problems, logps, log_rho, gate=0, c=1.0):
-    rl, sft, taught = 0.0, 0.0, 0
+    rl, sft, taught, by_sft = 0.0, 0.0, 0, []
     for problem in problems:
         samples, solution, R, _ = graded(problem)
-        if sum(R) <= gate:  # Eq. 8, 10
+        by_sft.append(sum(R) <= gate)  # Eq. 8, 10
+        if by_sft[-1]:
             sft, taught = sft - logps(problem, solution).sum(), taught + len(solution)  # Eq. 12
             continue
         for ids, r in zip(samples, R):
             rl = rl - (r - sum(R) / 3) * log_rho(problem, ids).exp().sum()  # Eq. 11
-    return rl / (3 * len(problems) * MAX) + c * sft / max(taught, 1)  # Eq. 13
+    return rl / (3 * len(problems) * MAX) + c * sft / max(taught, 1), by_sft  # Eq. 13
 
 
 TWO = {"updates_per_rollout": 2}  # the second is off-policy
-CASES = [(gspo, {"updates_per_rollout": 1}, {}), (gspo, TWO, {}),
-         (gspo, {**TWO, "clip_low": 0.1, "clip_high": 0.2}, {"low": 0.1, "high": 0.2}),
+NEAR = {**TWO, "lr": 5e-4}  # ratios within 0.9 and 1.04, on both sides of both clips
+CASES = [(gspo, {"updates_per_rollout": 1}, {}), (gspo, NEAR, {}),
+         (gspo, {**NEAR, "clip_low": 0.05, "clip_high": 0.05}, {"low": 0.05, "high": 0.05}),
          (luffy, {}, {}), (luffy, {**TWO, "shaping": 0.5}, {"gamma": 0.5}),
          (hpt, {}, {}), (hpt, {"gate": 2}, {"gate": 2}), (hpt, {"gate": -1}, {"gate": -1}),
          (hpt, {**TWO, "gate": 1, "sft_weight": 0.3}, {"gate": 1, "c": 0.3})]
@@ -196,7 +202,7 @@ CASES = [(gspo, {"updates_per_rollout": 1}, {}), (gspo, TWO, {}),
 def test_loss_and_gradient_are_the_papers(reference, flags, settings, folder, model_dirs, tmp_path):
     argv = argv_of(folder, model_dirs["qwen2"], **flags)
     updates, metrics = step_of(reference.__name__, folder, argv, tmp_path / "run")
-    n, old, model, losses = len(updates), small_model().double(), small_model().double(), []
+    n, old, model, losses, shown = len(updates), small_model().double(), small_model().double(), [], []
     assert n == metrics["updates"] == flags.get("updates_per_rollout", 1)
 
     def logps(problem: str, ids: list[int], of=model):
@@ -209,10 +215,12 @@ def test_loss_and_gradient_are_the_papers(reference, flags, settings, folder, mo
 
     for k, (weights, gradient) in enumerate(updates):
         torch.nn.utils.vector_to_parameters(weights, model.parameters())
-        losses.append(reference(ORDER[k * 4 // n:(k + 1) * 4 // n], logps, log_rho, **settings))
-        exact = torch.cat([g.flatten() for g in torch.autograd.grad(losses[-1], list(model.parameters()))])
+        loss, numbers = reference(ORDER[k * 4 // n:(k + 1) * 4 // n], logps, log_rho, **settings)
+        losses, shown = [*losses, loss.item()], [*shown, *numbers]
+        exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
         assert (gradient - exact).norm() < 1e-6 * exact.norm() and exact.abs().max() > 1e-3
-    assert metrics["loss"] == pytest.approx(sum(losses).item() / n, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(sum(losses) / n, abs=1e-6)
+    assert metrics[METRIC[reference.__name__]] == pytest.approx(sum(shown) / len(shown), abs=1e-6)
 
 
 @pytest.mark.parametrize("name, flags", [("gspo", TWO), ("luffy", {}), ("hpt", {"gate": 1})])
