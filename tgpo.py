@@ -53,8 +53,8 @@ class Args(RunFlags):
     temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
     top_p: float = flag(1.0, "nucleus sampling", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf)")
-    clip_high: float = flag(0.2, "ratio clipped above 1 + clip_high", "[0, inf)")
+    clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
+    clip_high: float = flag(0.2, "ratio clipped above 1 + clip_high", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "see token_weights")
     scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
     entropy_bonus: float = flag(0.0, "times the mean entropy, subtracted (the authors: 0.001)", "[0, inf)")
