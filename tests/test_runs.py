@@ -230,9 +230,9 @@ def test_twenty_kills_at_any_moment_change_nothing(model_dirs, rows_file, tmp_pa
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
     whole, draw, kills, reached, broken = time.time() - began, random.Random(0), 0, set(), tmp_path / "broken"
     while kills < 20:
-        again = ["--resume"] if list(broken.glob("checkpoints/*")) or (broken / \
-                                     "metrics.jsonl").exists() else []
-        shutil.rmtree(broken / "model", ignore_errors=True)
+        if (broken / "model").exists():  # it came to its end: begin anew
+            shutil.rmtree(broken)
+        again = ["--resume"] if common.has_begun(broken) else []
         child = Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again], said=tmp_path / "said")
         time.sleep(draw.uniform(0.1, 0.5 * whole))
         child.process.kill()
@@ -241,7 +241,7 @@ def test_twenty_kills_at_any_moment_change_nothing(model_dirs, rows_file, tmp_pa
         if (broken / "checkpoints" / "step_000010").exists():  # nearly through: make it young again
             for step in range(5, 13):
                 shutil.rmtree(broken / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
-    again = ["--resume"] if list(broken.glob("checkpoints/*")) or (broken / "metrics.jsonl").exists() else []
+    again = ["--resume"] if common.has_begun(broken) else []
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again]).ended() == 0
     assert len(reached) > 5, reached  # the kills came all along the way
     same_runs(tmp_path / "whole", broken)
