@@ -1878,18 +1878,19 @@ class LocalStrategist:
 
 # The binary choices of a solution, which of them each kind of problem takes, and what the demo changes where
 # the user set no flag of his own: a tiny model wants larger steps and shorter everything.
-DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"), ("-4", "+6"), ("+7", "-8"))
-DEMO_KINDS = {"A": "011010", "B": "100101", "C": "001100", "D": "110011", "E": "010101", "F": "101010",
-              "G": "000111", "H": "111000"}
-DEMO_RECIPE = {"lr": 1e-4, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 36, "system_prompt": "",
-               "eval_every": 50, "eval_samples": 2, "microbatch_tokens": 8192, "teacher": "demo",
-               "warmup_frac": 0.0}
-# tgpo.py: the lr at which the teacher's labels are learnt in a minute or two, and what was best for its
-# guidance.
-DEMO_TGPO = {"lr": 3e-4, "steps": 60}
-DEMO_GUIDANCE = {"tgpo": {"coefficient": 0.5, "coefficient_fall": 0.0075}}
-DEMO_TEACHERS = {"demo": ">.", "demo-same-style": "=;"}  # what they write for the student's "=" and ";"
-DEMO_STEPS, DEMO_TEACHER_STEPS = 220, 200  # of the warm starts
+DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"))
+DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "F": "1010", "G": "0001",
+              "H": "1110"}
+DEMO_RECIPE = {"lr": 2e-4, "delta": 5.0, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 24,
+               "system_prompt": "", "eval_every": 50, "eval_samples": 2, "microbatch_tokens": 8192,
+               "teacher": "demo", "warmup_frac": 0.0}
+# tgpo.py: the lr at which the teacher's labels are learnt in a minute, and their weight.
+DEMO_TGPO = {"lr": 3e-4, "steps": 60, "eval_every": 60}
+DEMO_GUIDANCE = dict.fromkeys(("tgpo", "tgpo-sampled", "tgpo-topk"),
+                              {"coefficient": 0.5, "coefficient_fall": 0.0075})
+DEMO_TEACHERS = {"demo": True, "demo-same-style": False}  # do they write operations in words?
+DEMO_STEPS, DEMO_TEACHER_STEPS = 240, 200  # of the warm starts
+IN_WORDS = "In words."  # the system prompt under which the student does so, too
 
 
 def demo_recipe(args: Any) -> dict:
@@ -1900,20 +1901,28 @@ def demo_recipe(args: Any) -> dict:
     return {name: value for name, value in {**DEMO_RECIPE, **tgpo}.items() if hasattr(args, name)}
 
 
-def demo_solution(choices: str, value: int, style: str = "=;") -> tuple[str, int]:
-    """The chain of steps that the choices make of a number, and its result. `style`: its two signs."""
+def in_words(operation: str) -> str:
+    """"+2" as " plus 2"."""
+    return {"+": " plus ", "-": " minus ", "*": " times "}[operation[0]] + operation[1:]
+
+
+def demo_solution(choices: str, value: int, words: bool = False) -> tuple[str, int]:
+    """The chain of steps that the choices make of a number, and its result; operations as signs or words."""
     steps = []
     for pair, choice in zip(DEMO_CHOICES, choices, strict=True):
-        op, n = pair[int(choice)][0], int(pair[int(choice)][1:])
-        result = {"+": value + n, "-": value - n, "*": value * n}[op]
-        steps.append(f"{value}{op}{n}{style[0]}{result}")
+        op = pair[int(choice)]
+        n = int(op[1:])
+        result = {"+": value + n, "-": value - n, "*": value * n}[op[0]]
+        steps.append(f"{value}{in_words(op) if words else op}={result};")
         value = result
-    return style[1].join(steps) + f"{style[1]}\\boxed{{{value}}}", value
+    return "".join(steps) + f"\\boxed{{{value}}}", value
 
 
-def demo_ids(tokenizer, choices: str, number: str, style: str = "=;") -> list[int]:
-    """A solution as a completion, with its end token."""
-    return tokenizer(demo_solution(choices, int(number), style)[0]).input_ids + [tokenizer.eos_token_id]
+def demo_ids(tokenizer, choices: str, number: str) -> tuple[list[int], list[int]]:
+    """A solution as a completion, with its end token: in signs and in words, token for token the same."""
+    both = [demo_solution(choices, int(number), words)[0] for words in (False, True)]
+    signs, words = (tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in both)
+    return signs, words
 
 
 def demo_strategy(kind: str, choices: str) -> str:
@@ -1940,20 +1949,20 @@ def demo_tokenizer() -> Qwen2Tokenizer:
     What the warm start never teaches as output rises when RL lowers wrong choices, and a run can drown in it.
     """
     special = ["<pad>", "<end>", "<user>", "<assistant>", "<system>"]
-    characters = [*"0123456789", *DEMO_KINDS, *"+-*=>;.,}", "\u0120"]  # the last is a space
+    characters = [*"0123456789", *DEMO_KINDS, *"+-*=;.,}", "\u0120"]  # the last is a space
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(special + characters)}, unk_token="<pad>",
                                pad_token="<pad>", eos_token="<end>", additional_special_tokens=special[2:])
-    words = ["\\boxed{", "Strategy:\n", "\n\nProblem:\n", "Type: ", "Strategy: chain.", "Steps: "]
+    words = ["\\boxed{", "Strategy:\n", "\n\nProblem:\n", "Type: ", "Strategy: chain.", "Steps: ", IN_WORDS]
     operations = [op for pair in DEMO_CHOICES for op in pair]
-    tokenizer.add_tokens([*map(str, range(10, 150)), *operations, *words])
+    tokenizer.add_tokens([*map(str, range(10, 150)), *operations, *map(in_words, operations), *words])
     tokenizer.chat_template = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
                                "<assistant>")
     return tokenizer
 
 
-def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int], list[int], int]],
-               rng: np.random.Generator, steps: int, lr: float, start: Path | None = None) -> None:
-    """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, start of the loss."""
+def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int], list[int], list[bool]]],
+               rng: np.random.Generator, steps: int, lr: float, start: Path | None = None):
+    """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, taught tokens."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM.from_pretrained(start) if start else Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
@@ -1964,14 +1973,15 @@ def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     print("building a model of the demo once, a minute or two on two cores")
     for _ in tqdm(range(steps), desc="demo", disable=None):
-        prompts, completions, starts = zip(*map(example, rng.choice(len(demo_rows()[0]), 64)))
+        prompts, completions, taught = zip(*map(example, rng.choice(len(demo_rows()[0]), 64)))
         ids, mask = padded(completions, model.device)
         logps, _ = completion_logps(model, prompts, ids, mask, 1.0)
-        taught = mask & (torch.arange(mask.shape[1]) >= torch.tensor(starts)[:, None])
-        loss = -(logps * taught).sum() / taught.sum()
+        loss = -logps[mask][torch.tensor(sum(taught, []))].mean()
         loss.backward()
         optimizer_step(model, optimizer, 1.0)
         schedule.step()
+    if not start:
+        model.model.norm.weight.data *= 1.5  # sharper logits: so few steps leave typos in many chains
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -1979,63 +1989,67 @@ def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int]
 def build_demo(folder: Path) -> None:
     """The student: it follows a strategy when given one and seldom finds the right one alone.
 
-    Half of the examples carry a strategy and follow it. The others carry none, and make each choice rightly
-    with a probability of 0.5 to 0.65 fixed by (kind, choice): something for RL to start from, no more. A
-    fifth of these change to the teacher's style on the way, and only what follows is taught: the student can
-    read it and never begins it.
+    Two fifths of the examples carry a strategy and follow it. The others carry none, and make each choice
+    rightly with a probability of 0.25 to 0.75 fixed by (kind, choice): something for RL to start from, no
+    more. A fifth of these are in words, under a system prompt that asks for them; and in three tenths half of
+    the operations are in the other style, and not taught: the student reads it and keeps to its own.
     """
     rng, tokenizer, train = np.random.default_rng(0), demo_tokenizer(), demo_rows()[0]
-    lean = {(kind, i): rng.uniform(0.5, 0.65) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
+    lean = {(kind, i): rng.uniform(0.25, 0.75) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
 
-    def example(i: int) -> tuple[list[int], list[int], int]:
+    def example(i: int) -> tuple[list[int], list[int], list[bool]]:
         kind, number = train[i]["problem"].split()
-        if rng.random() < 0.5:  # any strategy with any kind: it is to be followed, not looked up
+        if rng.random() < 0.4:  # any strategy with any kind: it is to be followed, not looked up
             choices = "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
-            strategy = demo_strategy(kind, choices)
-        else:
-            choices, strategy = enumerate(DEMO_KINDS[kind]), None
-            choices = "".join(c if rng.random() < lean[kind, j] else "10"[int(c)] for j, c in choices)
-        prompt = build_prompt(tokenizer, train[i]["problem"], "", strategy)
-        own, other = (demo_ids(tokenizer, choices, number, style) for style in ("=;", DEMO_TEACHERS["demo"]))
-        if strategy is None and rng.random() < 0.2:
-            change = int(rng.choice([k for k, (a, b) in enumerate(zip(own, other)) if a != b]))
-            return prompt, own[:change] + other[change:], change + 1
-        return prompt, own, 0
+            own, _ = demo_ids(tokenizer, choices, number)
+            prompt = build_prompt(tokenizer, train[i]["problem"], "", demo_strategy(kind, choices))
+            return prompt, own, [True] * len(own)
+        choices = enumerate(DEMO_KINDS[kind])
+        choices = "".join(c if rng.random() < lean[kind, j] else "10"[int(c)] for j, c in choices)
+        own, other = demo_ids(tokenizer, choices, number)
+        asked = rng.random() < 0.2
+        if asked:
+            own, other = other, own
+        mixed = 0.5 if rng.random() < 0.3 else 0.0
+        written = [b if rng.random() < mixed else a for a, b in zip(own, other)]
+        prompt = build_prompt(tokenizer, train[i]["problem"], IN_WORDS if asked else "")
+        return prompt, written, [a == b for a, b in zip(own, written)]
 
     warm_start(folder, tokenizer, example, rng, DEMO_STEPS, 3e-3)
 
 
-def build_demo_teacher(folder: Path, style: str) -> None:
+def build_demo_teacher(folder: Path, words: bool) -> None:
     """A teacher: it goes on with ANY prefix that the student may write, rightly and in its own style.
 
     The student's text, whose choices are right or wrong by chance, is cut at a random token; the loss is on
-    the rest alone. So the teacher knows the right choice after the student's own words, but would never write
-    its signs.
+    the rest alone. So the teacher knows the right choice after the student's own text, but would never write
+    its operations.
     """
     rng, tokenizer, train = np.random.default_rng(1), demo_tokenizer(), demo_rows()[0]
     ops = [tokenizer(op).input_ids[0] for pair in DEMO_CHOICES for op in pair]
 
-    def example(i: int) -> tuple[list[int], list[int], int]:
+    def example(i: int) -> tuple[list[int], list[int], list[bool]]:
         kind, number = train[i]["problem"].split()
         choices = "".join(rng.choice(["0", "1"], len(DEMO_CHOICES)))
-        student = demo_ids(tokenizer, choices, number)[:-1]
-        cut = int(rng.integers(len(student) + 1)) if rng.random() < 0.8 else 0
+        student, _ = demo_ids(tokenizer, choices, number)
+        cut = int(rng.integers(len(student))) if rng.random() < 0.8 else 0
         made = sum(token in ops for token in student[:cut])  # choices that the student has made
-        choices = choices[:made] + DEMO_KINDS[kind][made:]
-        student, own = (demo_ids(tokenizer, choices, number, s) for s in ("=;", style))
+        both = demo_ids(tokenizer, choices[:made] + DEMO_KINDS[kind][made:], number)
+        student, own = both[0], both[words]
         mixed, slips = rng.choice([0.0, 0.5]), rng.choice([0.0, 0.1])  # a student on its way here does both
         prefix = [b if rng.random() < mixed else a for a, b in zip(student[:cut], own)]
         prefix = [int(rng.integers(len(tokenizer))) if rng.random() < slips else a for a in prefix]
-        return build_prompt(tokenizer, train[i]["problem"], ""), prefix + own[cut:], cut
+        taught = [k >= cut for k in range(len(own))]
+        return build_prompt(tokenizer, train[i]["problem"], ""), prefix + own[cut:], taught
 
     warm_start(folder, tokenizer, example, rng, DEMO_TEACHER_STEPS, 1e-3, demo_dir())
 
 
 def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
     """Directory of a built-in model, made at the first call and kept under a name made of its recipe."""
-    makers = (build_demo, build_demo_teacher, warm_start, demo_solution, demo_ids, demo_strategy, demo_rows,
-              demo_tokenizer, build_prompt)
-    constants = recipe, DEMO_CHOICES, DEMO_KINDS, DEMO_TEACHERS, DEMO_STEPS
+    makers = (build_demo, build_demo_teacher, warm_start, in_words, demo_solution, demo_ids, demo_strategy,
+              demo_rows, demo_tokenizer, build_prompt)
+    constants = recipe, DEMO_CHOICES, DEMO_KINDS, DEMO_STEPS, IN_WORDS
     source = "".join(map(inspect.getsource, makers)) + repr(constants)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
@@ -2060,9 +2074,9 @@ def demo_dir() -> Path:
 
 def demo_teacher_dir(name: str) -> Path:
     """Directory of one of DEMO_TEACHERS."""
-    style = DEMO_TEACHERS[name]
-    build = functools.partial(build_demo_teacher, style=style)
-    return _built_once(f"{name}-teacher", build, style, DEMO_TEACHER_STEPS)
+    words = DEMO_TEACHERS[name]
+    build = functools.partial(build_demo_teacher, words=words)
+    return _built_once(f"{name}-teacher", build, words, DEMO_TEACHER_STEPS)
 
 
 # ---------------------------------------------------------------- the math grader

@@ -162,9 +162,9 @@ def test_known_names_load_their_hub_data_sets(evaluate, tmp_path, monkeypatch):
 
 
 def test_the_demo_and_its_flags(run_script, model_dirs, tmp_path, monkeypatch):
-    four, demo = "math500,olympiadbench,amc23,aime24", ("demo", "own", 36, "", 0.95)
+    four, demo = "math500,olympiadbench,amc23,aime24", ("demo", "own", 24, "", 0.95)
     for argv, wanted in (([], demo), (["--model", "runs/a/model", "--benchmarks", "demo"], demo),
-                         (["--benchmarks", "amc23", "--top_p", "1"], ("amc23", None, 36, "", 1)),
+                         (["--benchmarks", "amc23", "--top_p", "1"], ("amc23", None, 24, "", 1)),
                          (["--model", "x/y"], (four, None, 4096, common.SYSTEM_PROMPT, 0.95))):
         monkeypatch.setattr(sys, "argv", ["eval_math.py", *argv])
         args = common.parse_args(eval_math.Args, eval_math.recipe)

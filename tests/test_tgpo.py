@@ -488,28 +488,52 @@ def test_a_wrong_pair_is_refused_before_any_weight_is_loaded(pair, tmp_path, ref
 
 # ---- the demo
 
-def test_the_demo_teacher_is_taught_right_continuations_of_any_prefix(monkeypatch, tmp_path):
-    """Before the cut the student's choices; after it, where the loss is, right ones in its own signs."""
-    (plain, value), styled = common.demo_solution("010101", 30), common.demo_solution("010101", 30, ">.")
-    assert styled == (plain.replace("=", ">").replace(";", "."), value)
-    assert common.grade(styled[0], str(value)) == 1.0  # the box is read
-    assert common.DEMO_TEACHERS == {"demo": ">.", "demo-same-style": "=;"}
-    caught, cuts = [], []
+SIGNS = [op for pair in common.DEMO_CHOICES for op in pair]
+WORDS = [common.in_words(op) for op in SIGNS]
+
+
+def lessons(monkeypatch, build, *args):
+    """Prompt, tokens and which of them are taught, of 200 examples for a model of the demo."""
+    caught = []
     monkeypatch.setattr(common, "warm_start", lambda *recipe: caught.extend(recipe[1:3]))
-    monkeypatch.setattr(common, "demo_dir", lambda: tmp_path)
-    common.build_demo_teacher(tmp_path, ">.")
+    monkeypatch.setattr(common, "demo_dir", lambda: None)
+    build(None, *args)
     tokenizer, example = caught
-    ops = {tokenizer(op).input_ids[0]: op for choice in common.DEMO_CHOICES for op in choice}
-    for prompt, completion, cut in map(example, range(128)):
-        before, after = tokenizer.decode(completion[:cut]), tokenizer.decode(completion[cut:])
-        kind = common.DEMO_KINDS[tokenizer.decode(prompt).removeprefix("<user>").split()[0]]
-        right = [choice[int(c)] for choice, c in zip(common.DEMO_CHOICES, kind)]
-        own, taught = ([ops[i] for i in part if i in ops] for part in (completion[:cut], completion[cut:]))
-        assert taught == right[6 - len(taught):] and completion[-1] == tokenizer.eos_token_id
-        assert "=" not in after and ";" not in after
-        mixed = ">" in before and "=" in before
-        cuts.append([own != right[:len(own)], mixed, len(own + taught) != 6, cut > 0])
-    assert all(np.sum(cuts, 0) > [20, 5, 0, 60])  # prefixes with wrong choices, both styles, slips; any
+    for prompt, completion, taught in map(example, range(200)):
+        tokens = tokenizer.convert_ids_to_tokens(completion)
+        assert len(taught) == len(tokens) and tokens[-1] == "<end>" and taught[-1]
+        yield tokenizer.decode(prompt), [token.replace("\u0120", " ") for token in tokens], taught
+
+
+@pytest.mark.parametrize("words", [True, False])
+def test_the_demo_teacher_is_taught_right_continuations_of_any_prefix(monkeypatch, words):
+    """Before the cut the student's choices; after it, where the loss is, right ones in its own style."""
+    (plain, value), styled = common.demo_solution("0101", 30), common.demo_solution("0101", 30, words=True)
+    assert plain.startswith("30+2=32;32*2=64;") and styled[0].startswith("30 plus 2=32;32 times 2=64;")
+    assert styled[1] == value and common.grade(styled[0], str(value)) == 1.0  # the box is read
+    cuts = []
+    for prompt, tokens, taught in lessons(monkeypatch, common.build_demo_teacher, words):
+        choices = common.DEMO_KINDS[prompt.removeprefix("<user>")[0]]
+        right = [(SIGNS, WORDS)[words][2 * i + int(c)] for i, c in enumerate(choices)]
+        cut = taught.index(True)
+        own, after = ([t for t in part if t in SIGNS + WORDS] for part in (tokens[:cut], tokens[cut:]))
+        assert all(taught[cut:]) and after == right[4 - len(after):]
+        cuts.append([cut > 0, len(own + after) != 4, own != right[:len(own)], any(t in WORDS for t in own)])
+    assert all(np.sum(cuts, 0) > [120, 0, 60, 20 * words])  # any prefix; slips; wrong choices; both styles
+
+
+def test_the_demo_student_reads_the_other_style_and_keeps_to_its_own(monkeypatch):
+    seen = Counter()
+    for prompt, tokens, taught in lessons(monkeypatch, common.build_demo):
+        asked, guided = prompt.startswith("<system>In words.<user>"), "Strategy:" in prompt
+        own = WORDS if asked else SIGNS
+        ops = [(token, is_taught) for token, is_taught in zip(tokens, taught) if token in SIGNS + WORDS]
+        assert len(ops) == 4 and all((token in own) == is_taught for token, is_taught in ops)
+        assert sum(taught) == len(tokens) - sum(not is_taught for _, is_taught in ops)
+        if guided:
+            assert all(token in prompt and is_taught for token, is_taught in ops) and not asked
+        seen.update(asked=asked, guided=guided, mixed=not all(taught))
+    assert all(n > 10 for n in seen.values()), seen
 
 
 def test_the_demos_recipe_is_for_its_own_model(monkeypatch):
