@@ -54,7 +54,8 @@ def table(rows: list[str], runs: dict[tuple[str, int], dict]) -> str:
     found = {row: metrics for row, metrics in found.items() if metrics}
     after = {row: [m[-1]["eval/accuracy"] for m in metrics] for row, metrics in found.items()}
     half = max(map(np.mean, after.values()), default=0) / 2
-    lines = ["| run | before | after | each seed | steps to half of the best | mean reward |", "|" + "---|" * 6]
+    lines = ["| run | before | after | each seed | steps to half of the best | mean reward |",
+             "|" + "---|" * 6]
     for row, metrics in found.items():
         before = np.mean([m[0]["eval/accuracy"] for m in metrics])
         curves = [[step["reward"] for step in m if "reward" in step] for m in metrics]
