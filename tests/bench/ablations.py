@@ -3,6 +3,7 @@
     python tests/bench/ablations.py                                       # all rows, seeds 0 1 2
     python tests/bench/ablations.py --seeds 3 4                           # two seeds more
     python tests/bench/ablations.py --only sgpo "sgpo --delta inf"        # these rows
+    python tests/bench/ablations.py --only grpo_baseline luffy hpt gspo   # with the forks of tests/forks
 
 Runs whose line is in --file are not done again, so the same command goes on after a stop.
 """
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-SGPO = ["grpo_baseline", "sgpo", *(f"sgpo {flags}" for flags in (
+FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.diff"))
+SGPO = ["grpo_baseline", *FORKS, "sgpo", *(f"sgpo {flags}" for flags in (
     "--distill none", "--no_autonomous_grpo", "--target all --delta inf", "--delta inf", "--target all",
     "--weight fixed", "--weight group_advantage", "--distill reverse_kl", "--distill sft"))]
 TGPO = ["tgpo", *(f"tgpo --guidance {name}" for name in (
@@ -31,10 +33,13 @@ def train(run: str, seed: int, file: Path) -> None:
     """One run on one thread; its line: run, seed, seconds of the wall and all of its metrics."""
     script, *flags = run.split()
     with tempfile.TemporaryDirectory() as folder:
-        flags += ["--seed", str(seed), "--out", f"{folder}/run"]
-        begun = time.time()
-        subprocess.run([sys.executable, f"{ROOT}/{script}.py", *flags], check=True, capture_output=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        path, flags = ROOT / f"{script}.py", [*flags, "--seed", str(seed), "--out", f"{folder}/run"]
+        if script in FORKS:
+            path, diff = Path(folder, f"{script}.py"), ROOT / "tests" / "forks" / f"{script}.diff"
+            subprocess.run(["patch", "-s", "-o", path, ROOT / "grpo_baseline.py", diff], check=True)
+        begun, settings = time.time(), {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, path, *flags], check=True, capture_output=True,
+                       env={**os.environ, **settings})
         seconds = time.time() - begun
         metrics = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     line = {"run": run, "seed": seed, "seconds": round(seconds), "metrics": metrics}
