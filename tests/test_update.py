@@ -1,5 +1,8 @@
 """An update as a whole: its gradient is the paper's, however it is cut up and whatever is skipped."""
+import html
+import importlib
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.nn.functional import log_softmax
 import common
 import grpo_baseline
 import sgpo
-from conftest import small_model
+from conftest import ROOT, small_model, small_tokenizer
 
 B, G1, G2 = 4, 3, 2
 PLAIN = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [2, 2, 9, 1]]  # prompts of the four problems
@@ -257,3 +260,20 @@ def test_the_heads_gradient_is_added_up_in_fp32_under_bf16(monkeypatch):
         logps.sum().backward()
         grads.append(model.lm_head.weight.grad / M)
     assert grads[0].dtype == torch.float32 and error(grads[1], grads[0]) < 1e-5
+
+
+def test_show_tokens_escapes_and_shows_the_loss(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests" / "bench")
+    show = importlib.import_module("show_tokens")
+    evil = '<script>"&\''
+    model, tokenizer = small_model(), small_tokenizer()
+    plain, guided, ids = ([tokenizer(text).input_ids for text in ("q", "hint q", evil)])
+    target = show.look(model, tokenizer, evil, plain, guided, ids, 0.7)
+    told, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
+    hidden = [common.completion_hidden(model, [prompt], told, mask) for prompt in (guided, plain)]
+    d = sgpo.forward_kl(*(model.lm_head(h).float() / 0.7 for h in hidden))
+    assert torch.allclose(torch.tensor(target.d), d, atol=1e-5) and d.max() > 1e-3
+    text = show.page([target], delta=2.5)
+    assert "<script>" not in text and text.count("<span") == len(ids)
+    assert 0 < text.count("class=out") == (d > 2.5).sum() < len(ids) and f"d = {d[0]:.4f}" in text
+    assert [html.unescape(part) for part in re.findall('">([^<]*)</span>', text)] == list(evil)
