@@ -1881,11 +1881,11 @@ class LocalStrategist:
 DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"))
 DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "F": "1010", "G": "0001",
               "H": "1110"}
-DEMO_RECIPE = {"lr": 2e-4, "delta": 5.0, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 24,
+DEMO_RECIPE = {"lr": 1.4e-4, "delta": 5.0, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 24,
                "system_prompt": "", "eval_every": 50, "eval_samples": 2, "microbatch_tokens": 8192,
                "teacher": "demo", "warmup_frac": 0.0}
 # tgpo.py: the lr at which the teacher's labels are learnt in a minute, and their weight.
-DEMO_TGPO = {"lr": 3e-4, "steps": 60, "eval_every": 60}
+DEMO_TGPO = {"lr": 2e-4, "steps": 60, "eval_every": 60}
 DEMO_GUIDANCE = dict.fromkeys(("tgpo", "tgpo-sampled", "tgpo-topk"),
                               {"coefficient": 0.5, "coefficient_fall": 0.0075})
 DEMO_TEACHERS = {"demo": True, "demo-same-style": False}  # do they write operations in words?
@@ -1965,7 +1965,7 @@ def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int]
     """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, taught tokens."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM.from_pretrained(start) if start else Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=576, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.06,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None))
