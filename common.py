@@ -1884,8 +1884,8 @@ DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "
 DEMO_RECIPE = {"lr": 1.4e-4, "delta": 5.0, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 24,
                "system_prompt": "", "eval_every": 50, "eval_samples": 2, "microbatch_tokens": 8192,
                "teacher": "demo", "warmup_frac": 0.0}
-# tgpo.py: the lr at which the teacher's labels are learnt in a minute, and their weight. Gradients are clipped
-# early: taking over the teacher's words makes large ones, and Adam would take small steps ever after.
+# tgpo.py: the lr at which the teacher's labels are learnt in a minute, and their weight. Gradients are
+# clipped early: taking over the teacher's words makes large ones, and Adam would take small steps ever after.
 DEMO_TGPO = {"lr": 3e-4, "steps": 60, "eval_every": 60, "max_grad_norm": 0.05}
 DEMO_GUIDANCE = dict.fromkeys(("tgpo", "tgpo-sampled", "tgpo-topk"),
                               {"coefficient": 0.5, "coefficient_fall": 0.0075})

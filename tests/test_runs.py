@@ -430,13 +430,15 @@ def test_out_of_memory_is_one_line_and_nothing_is_retried(model_dirs, rows_file,
         "\n") == 1 and "lower --microbatch_tokens" in err and "--cpu_offload" in err
 
 
-def test_memory_rule():
+def test_memory_rule(monkeypatch, tmp_path):
     """16 bytes a parameter for what training holds, 2 for the copy that samples; the user's word stands."""
     def chosen(card: float, **flags) -> tuple[bool, bool]:
         args = sgpo.Args(model="demo", **flags)
         common.choose_memory(args, card)
         return args.activation_checkpointing, args.cpu_offload
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(common, "DEMO_STEPS", 2)
     need = 18 * sum(p.numel() for p in common.AutoModelForCausalLM.from_config(
         common.AutoConfig.from_pretrained(common.demo_dir())).parameters())
     assert chosen(5 * need) == (False, False) and chosen(3 * need) == (True, False)
