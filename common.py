@@ -1530,6 +1530,8 @@ class Run:
                        *[[name[5:].replace("_", " "), f"{rows[0][name]:.3f}", f"{rows[-1][name]:.3f}"]
                          for name in rows[0] if name.startswith("eval/")]])
         print(f"model: {self.dir / 'model'}\nmetrics, samples, checkpoints: {self.dir}")
+        if self.args.model == "demo":
+            print("compared with the other methods: python tests/bench/ablations.py")
 
     def stop(self, what: str) -> NoReturn:
         print(f"stopped {what}; go on with --resume --out {self.dir}")
