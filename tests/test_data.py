@@ -198,7 +198,7 @@ def test_the_demo_builds_runs_and_ends_with_its_table(tmp_path, run_script, caps
     tiny = ["--eval_samples", 1, "--prompts_per_step", 2, "--group_size", 2, "--max_new_tokens", 12]
     assert run_script("sgpo", "--steps", 2, *tiny, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    table = [line.split() for line in said.splitlines()[-5:-2]]
+    table = [line.split() for line in said.splitlines()[-6:-3]]
     assert "building a model of the demo once" in said and table[0] == ["held-out", "before", "after"]
     assert table[1][0] == "accuracy" and table[2][:2] == ["accuracy", "guided"]
     assert len(list((tmp_path / "cache").rglob("model.safetensors"))) == 1
