@@ -1812,7 +1812,7 @@ class Endpoint:
     def say_silence(self) -> None:
         print(f"no answer of {self.args.strategist} for {self.patience} s; a try waits for "
               f"--strategist_timeout, {self.args.strategist_timeout:g} s", file=sys.stderr)
-        self.patience *= 2
+        self.patience += self.PATIENCE
 
     def each(self, work: Callable[[list], list], rows: Sequence[dict]) -> Iterator:
         """work([row]) of every row, in threads -> results in the order in which they come."""
