@@ -1403,9 +1403,10 @@ class Run:
         self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
         self.accuracy, self.shown = None, []
         self.track = tracker(self.args.report_to, self.dir, self.config, self.step)
-        args, shape = self.args, self.args.lr_schedule.replace("constant", "constant_with_warmup")
-        schedule = get_scheduler(shape, optimizer, args.lr_warmup_steps, args.steps + 1)
-        self.lr_factor, = schedule.lr_lambdas  # of the 1-based step: 0 comes only after the last one
+        name, args = self.args.lr_schedule, self.args
+        name = "constant_with_warmup" if name == "constant" else name
+        schedule = get_scheduler(name, optimizer, args.lr_warmup_steps, args.steps + 1)
+        self.lr_factor = schedule.lr_lambdas[0]  # of the 1-based step: 0 comes only after the last one
 
     def evaluation_is_due(self) -> bool:
         """At the first and last step and every --eval_every, unless done: a stop may have cut it off."""
@@ -1489,7 +1490,8 @@ class Run:
             if not (found and stop_asked()):  # else it is not whole
                 self.metrics |= found
                 self.accuracy, self.is_evaluated = found.get("eval/accuracy"), True
-        path, metrics = self.dir / "metrics.jsonl", {k: v for k, v in self.metrics.items() if k != "step"}
+        path = self.dir / "metrics.jsonl"
+        metrics = {key: value for key, value in self.metrics.items() if key != "step"}
         if rank() == 0 and self.is_written:  # by a run that a stop ended before its evaluation
             rows = [row for _, row in read_jsonl(path)][:-1] + [self.metrics]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -1884,11 +1886,11 @@ DEMO_CHOICES = (("+2", "-2"), ("+3", "*2"), ("+1", "-1"), ("+5", "+9"))
 DEMO_KINDS = {"A": "0110", "B": "1001", "C": "0011", "D": "1100", "E": "0101", "F": "1010", "G": "0001",
               "H": "1110"}
 DEMO_RECIPE = {"lr": 1.4e-4, "delta": 5.0, "steps": 50, "prompts_per_step": 16, "max_new_tokens": 24,
-               "system_prompt": "", "eval_every": 50, "eval_samples": 2, "microbatch_tokens": 8192,
+               "system_prompt": "", "eval_every": 0, "eval_samples": 2, "microbatch_tokens": 8192,
                "teacher": "demo", "warmup_frac": 0.0}
 # tgpo.py: the lr at which the teacher's labels are learnt in a minute, and their weight. Gradients are
 # clipped early: taking over the teacher's words makes large ones, and Adam would take small steps ever after.
-DEMO_TGPO = {"lr": 3e-4, "steps": 60, "eval_every": 60, "max_grad_norm": 0.05}
+DEMO_TGPO = {"lr": 3e-4, "steps": 60, "max_grad_norm": 0.05}
 DEMO_GUIDANCE = dict.fromkeys(("tgpo", "tgpo-sampled", "tgpo-topk"),
                               {"coefficient": 0.5, "coefficient_fall": 0.0075})
 DEMO_TEACHERS = {"demo": True, "demo-same-style": False}  # do they write operations in words?

@@ -254,8 +254,7 @@ class Advice:
 
 
 class Teacher:
-    """A frozen model that reads the student's token ids: bf16 if it has --bf16, over several processes
-    sharded."""
+    """A frozen model that reads the student's token ids: in bf16 with --bf16, sharded over processes."""
 
     def __init__(self, args: Args, tokenizer, own_tokenizer, student_ends: list[int]):
         self.device = torch.device(args.teacher_device or HOME)

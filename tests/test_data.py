@@ -201,6 +201,7 @@ def test_the_demo_builds_runs_and_ends_with_its_table(tmp_path, run_script, caps
     table = [line.split() for line in said.splitlines()[-6:-3]]
     assert "building a model of the demo once" in said and table[0] == ["held-out", "before", "after"]
     assert table[1][0] == "accuracy" and table[2][:2] == ["accuracy", "guided"]
+    assert said.splitlines()[-1].endswith("python tests/bench/ablations.py")
     assert len(list((tmp_path / "cache").rglob("model.safetensors"))) == 1
     assert not list((tmp_path / "cache").rglob("unfinished*"))
     assert run_script("grpo_baseline", "--steps", 0, *tiny, "--out", tmp_path / "again") == 0

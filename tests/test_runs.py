@@ -87,6 +87,16 @@ def test_other_dashboards_by_the_calls_they_share(name, model_dirs, rows_file, t
     assert len(metrics.pop("samples")) == 9 and metrics == {k: v for k, v in row.items() if k != "step"}
 
 
+def test_the_line_beside_the_bar_tells_what_is_known():
+    run = object.__new__(common.Run)
+    run.accuracy = None
+    run.metrics = {"step": 3, "reward": 0.254, "sgpo/alpha": 0.8, "tokens_per_s": 1234.5, "lr": 1e-6}
+    assert run.line() == "reward 0.25, alpha 0.80, 1234/s"
+    run.accuracy = 0.5
+    run.metrics = {"step": 4, "reward": 0.0, "entropy": 0.1, "completions/mean_length": 7.6}
+    assert run.line() == "reward 0.00, held-out 0.50, entropy 0.10, 8 tokens"
+
+
 @pytest.mark.parametrize("shape, wanted", [
     ("constant", [.5, 1, 1, 1]), ("linear", [.5, 1, 2 / 3, 1 / 3]), ("cosine", [.5, 1, .75, .25])])
 def test_the_learning_rate_follows_its_schedule(shape, wanted, model_dirs, rows_file, tmp_path, run_script):
