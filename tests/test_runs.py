@@ -46,13 +46,15 @@ def same_runs(a: Path, b: Path) -> None:
 # ---- what a run writes
 
 def test_tensorboard_has_the_metrics_config_and_samples(model_dirs, rows_file, tmp_path, run_script):
-    """Read back from its event files; a resumed run goes on in the same curves, without a double step."""
+    """Read back from its event files; what a resumed run does again takes the place of what was there."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     out = tmp_path / "run"
     argv = argv_of("grpo_baseline", model_dirs, rows_file, "--eval_dataset", rows_file, "--eval_every", 2,
                    "--report_to", "tensorboard", "--out", out)
-    assert run_script("grpo_baseline", *argv, "--steps", 2) == 0
-    assert run_script("grpo_baseline", *argv, "--steps", 3, "--resume") == 0
+    assert run_script("grpo_baseline", *argv, "--steps", 3, "--save_every", 2) == 0
+    for path in (out / "checkpoints" / "step_000003", out / "model"):
+        shutil.rmtree(path)
+    assert run_script("grpo_baseline", *argv, "--steps", 3, "--save_every", 2, "--resume") == 0
     board = events.EventAccumulator(str(out / "tensorboard"), {events.SCALARS: 0, events.TENSORS: 0}).Reload()
     metrics = read_jsonl(out / "metrics.jsonl")
     for key in {key for row in metrics for key in row} - {"step"}:

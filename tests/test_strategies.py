@@ -249,7 +249,7 @@ def test_an_endpoint_that_cannot_be_reached_or_is_slow(extract, tmp_path, monkey
     monkeypatch.setattr(common.Endpoint, "PATIENCE", 0.2)
     with Server(delay=0.5) as server:
         said = extract(server, "--max_rows", 1, "--strategy_candidates", 1, "--out", tmp_path / "slow")
-    assert f"no answer of {server.url} for 0.2 s" in said
+    assert f"no answer of {server.url} for 0.2 s" in said and "for 0.4 s" in said  # one line after another
     said = extract(server, code=2)
     assert "APIConnectionError" in said and server.url in said
     monkeypatch.setitem(sys.modules, "openai", None)
