@@ -239,6 +239,7 @@ def test_a_killed_worker_is_replaced():
     assert graded_afresh(ASK) == "right"  # killed while idle: nothing is lost
     threading.Timer(0.5, common._worker.kill).start()
     assert graded_afresh(STUCK) == "crashes"  # killed at work: one verdict
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     threading.Timer(0.5, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         graded_afresh(STUCK)
