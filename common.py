@@ -447,13 +447,19 @@ def read_jsonl(path: str | Path, cut_by_kill: bool = False) -> Iterator[tuple[st
                 yield place, value
 
 
-def write_jsonl(path: Path, rows: Sequence[dict], mode: str = "a") -> None:
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """Add rows to the end of a file."""
     try:
-        with open(path, mode, encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     except OSError as error:
         error.filename = path  # a full disk does not name it
         raise
+
+
+def rewrite_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """A file of these rows and no others, there whole or as it was."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load_rows(source: str) -> list[dict]:
@@ -1397,7 +1403,7 @@ class Run:
             rows = [row for row in rows if loaded and row["step"] <= self.step]
             if name == "metrics" and rows:
                 self.metrics = rows[-1]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            rewrite_jsonl(path, rows)
         self.metrics = of_all_processes(self.metrics)[0]
         self.is_written = len(self.metrics) > 1
         self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
@@ -1490,13 +1496,11 @@ class Run:
             if not (found and stop_asked()):  # else it is not whole
                 self.metrics |= found
                 self.accuracy, self.is_evaluated = found.get("eval/accuracy"), True
-        path = self.dir / "metrics.jsonl"
         metrics = {key: value for key, value in self.metrics.items() if key != "step"}
         if rank() == 0 and self.is_written:  # by a run that a stop ended before its evaluation
-            rows = [row for _, row in read_jsonl(path)][:-1] + [self.metrics]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+            rewrite_jsonl(self.dir / "metrics.jsonl", self.metrics_rows()[:-1] + [self.metrics])
         elif rank() == 0 and metrics:
-            write_jsonl(path, [self.metrics])
+            write_jsonl(self.dir / "metrics.jsonl", [self.metrics])
         if metrics:
             self.track(self.step, metrics, self.shown)
         failed = self.metrics.get("nonfinite_updates") and not self.metrics["updates"]
@@ -1507,6 +1511,10 @@ class Run:
                    f"{where}: lower --lr or look at the last samples of {self.dir / 'samples.jsonl'}")
         if self.step and self.args.save_every and self.step % self.args.save_every == 0:
             self.save_checkpoint()
+
+    def metrics_rows(self) -> list[dict]:
+        path = self.dir / "metrics.jsonl"
+        return [row for _, row in read_jsonl(path)] if path.exists() else []
 
     def checkpoints(self) -> list[Path]:
         return sorted((self.dir / "checkpoints").glob("step_??????"))
@@ -1525,8 +1533,7 @@ class Run:
         if self.step < self.args.steps or stop_asked() and self.evaluation_is_due():
             self.stop(f"after step {self.step} of {self.args.steps}")
         save_pretrained(self.model, self.tokenizer, self.dir / "model")
-        path = self.dir / "metrics.jsonl"
-        rows = [row for _, row in read_jsonl(path) if "eval/accuracy" in row] if path.exists() else []
+        rows = [row for row in self.metrics_rows() if "eval/accuracy" in row]
         if rows:
             say_table([["held-out", "before", "after"],
                        *[[name[5:].replace("_", " "), f"{rows[0][name]:.3f}", f"{rows[-1][name]:.3f}"]
@@ -1733,6 +1740,30 @@ def peak_memory_gb() -> float:
 
 
 # ---------------------------------------------------------------- asking another model
+
+@dataclass
+class StrategistFlags(RunFlags):
+    """strategist"""
+    strategist: str = flag(None, "hub id, directory, URL of a chat endpoint, or none (default: --model)")
+    strategist_model: str = flag(None, "the endpoint's model; its key is read from OPENAI_API_KEY")
+    strategist_max_new_tokens: int = flag(2048, "longest answer; more for one that thinks first", "[1, inf)")
+    strategist_threads: int = flag(16, "requests to the endpoint at the same time", "[1, inf)")
+    strategist_timeout: float = flag(600, "seconds to wait for an answer of the endpoint", "(0, inf)")
+
+
+def check_strategist(args: StrategistFlags) -> None:
+    is_url = bool(re.match("https?://", args.strategist or ""))
+    if is_url and re.search("[@?#]", args.strategist):
+        refuse("--strategist: take the key or password out of the address and put it into the environment "
+               "variable OPENAI_API_KEY")
+    if is_url and not args.strategist_model:
+        refuse(f"--strategist {args.strategist} is an endpoint: name its model with --strategist_model")
+    if is_url:
+        open_strategist(args, None, None)  # fails early if openai is missing or the key is malformed
+    if args.strategist_model and not is_url:
+        refuse(f"--strategist_model {args.strategist_model} is asked at an endpoint: give its address, "
+               "http(s)://HOST:PORT/v1, as --strategist")
+
 
 def open_strategist(args: Any, model, tokenizer) -> Endpoint | LocalStrategist:
     """Who is asked: an endpoint where --strategist is a URL, the model it names, or the one to be trained."""

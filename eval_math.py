@@ -26,8 +26,8 @@ import numpy as np
 from common import (
     BENCHMARKS, SYSTEM_PROMPT, build_prompt, check_context, check_directory, complete, demo_recipe, demo_rows,
     extract_answer, flag, generator, gold_is_gradable, grade_batch, grader_counts, load_model, load_rows,
-    load_tokenizer, lock, long_work, parse_args, printable, program, read_jsonl, refuse, say_table,
-    seed_everything, stop_asked, versions, write_atomic, write_jsonl)
+    load_tokenizer, lock, long_work, parse_args, printable, program, read_jsonl, refuse, rewrite_jsonl,
+    say_table, seed_everything, stop_asked, versions, write_atomic, write_jsonl)
 
 
 # ---------------------------------------------------------------- flags
@@ -179,7 +179,7 @@ def finished_batches(path: Path) -> Parts:
         batches[row["benchmark"], *row["batch"]].append(row)
     for (title, start, end), rows in batches.items():
         done[title] += rows if len(rows) == end - start else []
-    write_atomic(path, "".join(json.dumps(row) + "\n" for rows in done.values() for row in rows))
+    rewrite_jsonl(path, sum(done.values(), []))
     return done
 
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from common import (
-    NoAnswer, Run, RunFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt, complete,
-    completion_hidden, completion_logps, context_length, flag, gives_away, grader_counts, held_out_accuracy,
-    load_policy, load_problems, load_reward, load_tokenizer, lock, long_work, microbatches, my_share,
-    open_strategist, optimizer_step, parse_args, program, rank, read_jsonl, refuse, say_table, sft_warmup,
-    token_values, total, warmup_split, write_jsonl)
+    NoAnswer, Run, StrategistFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt,
+    check_strategist, complete, completion_hidden, completion_logps, context_length, flag, gives_away,
+    grader_counts, held_out_accuracy, load_policy, load_problems, load_reward, load_tokenizer, lock,
+    long_work, microbatches, my_share, open_strategist, optimizer_step, parse_args, program, rank, read_jsonl,
+    refuse, rewrite_jsonl, say_table, sft_warmup, token_values, total, warmup_split, write_jsonl)
 
 # Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
 # some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
@@ -36,7 +36,7 @@ from common import (
 # ---------------------------------------------------------------- flags
 
 @dataclass
-class Args(RunFlags):
+class Args(StrategistFlags):
     """algorithm"""
     # rollouts
     steps: int = flag(400, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
@@ -70,11 +70,6 @@ class Args(RunFlags):
     updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
     # strategies
     strategies: str = flag(None, "JSONL file, read if it exists; new ones are appended (default: in --out)")
-    strategist: str = flag(None, "hub id, directory, URL of a chat endpoint, or none (default: --model)")
-    strategist_model: str = flag(None, "the endpoint's model; its key is read from OPENAI_API_KEY")
-    strategist_max_new_tokens: int = flag(2048, "longest answer; more for one that thinks first", "[1, inf)")
-    strategist_threads: int = flag(16, "requests to the endpoint at the same time", "[1, inf)")
-    strategist_timeout: float = flag(600, "seconds to wait for an answer of the endpoint", "(0, inf)")
     strategy_candidates: int = flag(5, "candidates a solution, of which the best is kept", "[1, inf)")
     extract_only: bool = flag(False, "stop once the strategies are extracted")
 
@@ -84,6 +79,9 @@ def check_args(args: Args) -> None:
     if args.updates_per_rollout > args.prompts_per_step:
         refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
     check_strategist(args)
+    folder = Path(args.strategies or ".").absolute().parent
+    if not folder.is_dir() and folder != Path(args.out or ".").absolute():
+        refuse(f"--strategies {args.strategies}: there is no such folder to put it in")
 
 
 # ---------------------------------------------------------------- rollout
@@ -456,23 +454,6 @@ Answer:
 {strategies}"""
 
 
-def check_strategist(args: Args) -> None:
-    is_url = bool(re.match("https?://", args.strategist or ""))
-    if is_url and re.search("[@?#]", args.strategist):
-        refuse("--strategist: take the key or password out of the address and put it into the environment "
-               "variable OPENAI_API_KEY")
-    if is_url and not args.strategist_model:
-        refuse(f"--strategist {args.strategist} is an endpoint: name its model with --strategist_model")
-    if is_url:
-        open_strategist(args, None, None)  # fails early if openai is missing or the key is malformed
-    if args.strategist_model and not is_url:
-        refuse(f"--strategist_model {args.strategist_model} is asked at an endpoint: give its address, "
-               "http(s)://HOST:PORT/v1, as --strategist")
-    folder = Path(args.strategies or ".").absolute().parent
-    if not folder.is_dir() and folder != Path(args.out or ".").absolute():
-        refuse(f"--strategies {args.strategies}: there is no such folder to put it in")
-
-
 def said_after_thinking(answer: str) -> str:
     """Strip the <think> part; empty if it never closes."""
     answer = answer.rpartition("</think>")[2]
@@ -615,9 +596,7 @@ def add_strategies(waiting: list[dict], model, tokenizer, path: Path, fits, run:
     with long_work(len(waiting), "strategies", "problem") as bar:
         if rank() == 0:
             run.writes = lock(Path(f"{path}.lock"), f"--strategies {path}: another run is writing it")
-            whole = Path(f"{path}.tmp")  # without a line that a kill has cut
-            write_jsonl(whole, list(read_strategies(path).values()), "w")
-            whole.replace(path)
+            rewrite_jsonl(path, list(read_strategies(path).values()))  # without a line that a kill has cut
         for result in results:
             if rank() == 0:
                 write_jsonl(path, [result])
