@@ -17,10 +17,8 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import logging
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -33,7 +31,7 @@ import time
 import typing
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,7 +58,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser,
-    LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, StoppingCriteria, get_scheduler)
+    LogitsProcessor, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, StoppingCriteria, get_scheduler,
+    set_seed)
 from transformers.utils import logging as hf_logging
 
 hf_logging.set_verbosity_error()
@@ -85,9 +84,7 @@ def refuse(message: str, alone: bool = False) -> NoReturn:
 
 def printable(text: str) -> str:
     """Model and data text made safe for a terminal: control, bidi and invisible characters are escaped."""
-    def safe(c: str) -> str:
-        return c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "backslashreplace").decode()
-    return "".join(map(safe, text))
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def say_table(rows: Sequence[Sequence[str]]) -> None:
@@ -150,13 +147,11 @@ def stop_asked() -> bool:
     return Stop.asked
 
 
-@contextmanager
-def long_work(total: int, what: str, unit: str, done: int = 0) -> Iterator[tqdm]:
+def long_work(total: int, what: str, unit: str, done: int = 0) -> tqdm:
     """A progress bar, on the first process's terminal. From here on a stop waits for what is to be saved."""
-    Stop.can_wait = True
-    with tqdm(total=total, initial=done, desc=what, unit=unit, disable=None if rank() == 0 else True) as bar:
-        Progress.bar = bar
-        yield bar
+    Stop.can_wait, hidden = True, None if rank() == 0 else True  # None: where there is no terminal
+    Progress.bar = tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden)
+    return Progress.bar
 
 
 # ---------------------------------------------------------------- device and processes
@@ -220,11 +215,8 @@ def total(*numbers: float) -> list[float]:
     return [sum(values) for values in zip(*of_all_processes([float(x) for x in numbers]))]
 
 
-class Sums(defaultdict):
+class Sums(Counter):
     """What metrics are made of: sums over micro-batches and, by `of_all`, over processes."""
-
-    def __init__(self):
-        super().__init__(float)
 
     def add(self, **values: Tensor | float) -> None:
         for name, value in values.items():
@@ -233,7 +225,7 @@ class Sums(defaultdict):
     def of_all(self) -> Sums:
         whole = Sums()
         for sums in of_all_processes(dict(self)):
-            whole.add(**sums)
+            whole.update(sums)
         return whole
 
     def metrics(self, norms: list[float | None]) -> dict[str, float]:
@@ -259,10 +251,7 @@ def seed_everything(seed: int, *what: int | str) -> None:
 
     Training does so at each step, so no generator's state has to be saved for an exact resume.
     """
-    number = int(generator(seed, *what, rank()).integers(2 ** 32))
-    random.seed(number)
-    np.random.seed(number)
-    torch.manual_seed(number)
+    set_seed(int(generator(seed, *what, rank()).integers(2 ** 32)))
 
 
 # ---------------------------------------------------------------- flags
@@ -570,12 +559,11 @@ def load_problems(args: Any, tokenizer) -> tuple[list[dict], list[dict]]:
     def short(row: dict) -> bool:
         return tokens(row) <= args.max_prompt_tokens
 
-    def gradable(row: dict) -> bool:
-        return args.reward is not None or gold_is_gradable(row["answer"])
-
     why = f"a prompt over --max_prompt_tokens {args.max_prompt_tokens}"
     train, held_out = keep(train, short, why), keep(held_out, short, why)
-    train = keep(train, gradable, "an answer that the grader cannot read")
+    if args.reward is None:
+        why = "an answer that the grader cannot read"
+        train = keep(train, lambda row: gold_is_gradable(row["answer"]), why)
     if not train:
         refuse(f"{args.dataset or DEFAULT_DATASET}: none of its rows can be used")
     check_context(args.model, "--model", max(map(tokens, train + held_out)), args.max_new_tokens)
@@ -609,15 +597,13 @@ def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT,
     if system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
     # Llama 3's template writes today's date: a prompt must not change at midnight.
-    fixed_date = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-    how = {"tokenize": False, "add_generation_prompt": True, "chat_template": fixed_date
-           + tokenizer.chat_template}
+    template = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}" + tokenizer.chat_template
+    how = {"add_generation_prompt": True, "chat_template": template, "return_dict": False}
     try:
-        text = tokenizer.apply_chat_template(messages, **how)
+        return tokenizer.apply_chat_template(messages, **how)
     except Exception:  # some templates (Gemma's) refuse the system role
         one = {"role": "user", "content": "\n\n".join(filter(None, [system_prompt, user]))}
-        text = tokenizer.apply_chat_template([one], **how)
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
+        return tokenizer.apply_chat_template([one], **how)
 
 
 # ---------------------------------------------------------------- models
@@ -679,12 +665,10 @@ def check_context(name: str, flag: str, longest_prompt: int, max_new_tokens: int
 
 @torch.no_grad()
 def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = None, device: Any = None):
-    """The causal LM of a hub id or directory, to read or sample: bf16 on a GPU. `load_policy` is for
-    training.
+    """The causal LM of a hub id or directory, to read or sample, in bf16 on a GPU; without dropout.
 
-    Refused where it breaks what the scripts take for granted: logits are hidden states x lm_head, and train
-    mode computes what eval mode does (dropout is switched off: the policy that is scored must be the one that
-    was sampled).
+    Refused where logits are not hidden states x lm_head, or train mode does not compute what eval mode does:
+    the policy that is scored must be the one that was sampled.
     """
     device = torch.device(device or HOME)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -714,8 +698,7 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
 def load_policy(args: Any):
     """The model to train, with fp32 weights: at lr 1e-6 a bf16 weight rounds almost every update away.
 
-    One process has a plain model. Several share one by FSDP2, which also serves one process with
-    --cpu_offload.
+    Several processes share one by FSDP2, which also serves a process alone with --cpu_offload.
     """
     sharded = dist.is_initialized() or args.cpu_offload
     model = load_model(args.model, dtype=torch.float32, device="cpu" if sharded else None)
@@ -729,10 +712,9 @@ def load_policy(args: Any):
 
 
 def shard(model, bf16: bool, cpu_offload: bool = False):
-    """Spread a model that every process has loaded over all of them, layer by layer (FSDP2).
+    """Spread a model that every process has loaded over all of them (FSDP2); `bf16`: it computes in that.
 
-    Gradients are added up in fp32, not averaged: our normalisers count the rows of all processes. `bf16`: it
-    computes in that.
+    Gradients are added up in fp32, not averaged: our normalisers count the rows of all processes.
     """
     if not dist.is_initialized():  # one process: FSDP2 still wants a group
         dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
@@ -966,11 +948,9 @@ def sample(logits: Tensor, draws: Tensor, temperature: float, top_p: float) -> T
 
 
 def completion_mask(completions: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
-    """[N, C] ids -> mask [N, C], True up to and including the FIRST end token; truncated [N], where none
-    came.
+    """[N, C] ids -> mask [N, C], True through the FIRST end token; truncated [N], where none came.
 
-    By position, not by `ids != pad`: where pad is also an end token that would drop the stop token from the
-    loss.
+    By position, not by `ids != pad`: where pad is also an end token, the loss would lack the stop token.
     """
     is_end = torch.isin(completions, torch.tensor(eos, device=completions.device))
     ends_before = is_end.cumsum(1) - is_end.long()
@@ -979,8 +959,7 @@ def completion_mask(completions: Tensor, eos: list[int]) -> tuple[Tensor, Tensor
 
 def complete(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, temperature: float,
              top_p: float, at_once: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """A completion for each prompt by the model as it is -> ids [N, C], mask [N, C], truncated [N], N
-    texts."""
+    """A completion for each prompt -> ids [N, C], mask [N, C], truncated [N], N texts."""
     with rollout_weights(model) as sampler:
         ids = generate(sampler, tokenizer, prompts, max_new_tokens, temperature, top_p, at_once)
     mask, truncated = completion_mask(ids, stop_ids(model, tokenizer))
@@ -995,12 +974,10 @@ PASS_COST = 256 if ON_GPU else 32  # what a pass costs whatever is in it, in tok
 
 def microbatches(rows: Sequence[int], lengths: Sequence[int], budget: int,
                  sums: Sums | None = None) -> list[list[int]]:
-    """Rows sorted by length, cut where a batch would have more than `budget` tokens, padding included, or
-    more padding than another pass costs.
+    """Rows by length, cut where a batch has more padded tokens than `budget` or more padding than PASS_COST.
 
     `lengths` are those of every row there is; a row over the budget stands alone. All processes get as many
-    batches, since FSDP2 wants all to do as many passes: an empty one costs a token. `sums` counts real and
-    padded tokens.
+    batches, maybe empty ones: FSDP2 wants as many passes of each. `sums` counts real and padded tokens.
     """
     batches, padding = [], 0
     for row in sorted(rows, key=lambda i: (-lengths[i], i)):
@@ -1026,9 +1003,8 @@ def padded(completions: Sequence[list[int]], device) -> tuple[Tensor, Tensor]:
 def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
     """Final hidden states [M, d] at the positions that predict the M real completion tokens, row by row.
 
-    Rows are laid out prompt + completion, padded on the RIGHT only: causal attention never looks there, so no
-    attention mask is needed and sdpa takes its fast path. Token t of the completion is predicted at position
-    P + t - 1.
+    Rows are prompt + completion, padded on the RIGHT only, where causal attention never looks: without a mask
+    sdpa takes its fast path. Token t of the completion is predicted at position P + t - 1.
     """
     lengths, device = mask.sum(1).tolist(), device_of(model)
     rows = [p + c[:n] for p, c, n in zip(prompts, completions.tolist(), lengths, strict=True)]
@@ -1040,23 +1016,19 @@ def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask
     return hidden[row, starts[row] + t - 1]
 
 
-# Logits at once: 256 MiB in fp32, or 32 MiB, a CPU's cache; there four times as many where no gradient is
-# wanted.
-CHUNK, READ_ONLY = (2 ** 26, 1) if ON_GPU else (2 ** 23, 4)
+CHUNK = 2 ** 26 if ON_GPU else 2 ** 23  # logits at once: 256 MiB in fp32, or 32 MiB, a CPU's cache
 
 
 def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor],
                     per_token: Sequence[Tensor] = (), temperature: float = 1.0) -> tuple[Tensor, ...]:
     """fn(*logits, *per_token) -> tensors [m], by chunks of m tokens, so that no [M, V] tensor ever exists.
 
-    `hiddens` are [M, d] each; their logits [m, V] are fp32, divided by the sampling temperature, and computed
-    again in backward, so memory is flat in M. Gradients go to hiddens and head, not to `per_token` or what
-    `fn` brings along.
+    `hiddens` are [M, d] each; their logits [m, V] are fp32, divided by the temperature, and computed again in
+    backward. Gradients go to hiddens and head, not to `per_token` or what `fn` brings along.
     """
     head, kind = model.get_output_embeddings(), hiddens[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-    size = max(CHUNK * (1 if torch.is_grad_enabled() else READ_ONLY) // head.weight.shape[0], 1)
-    settings = temperature, size, dtype, len(hiddens)
+    settings = temperature, max(CHUNK // head.weight.shape[0], 1), dtype, len(hiddens)
     with torch.autocast(kind, enabled=False):
         return OverVocabulary.apply(fn, settings, head.weight, head.bias, *hiddens, *per_token)
 
@@ -1136,10 +1108,8 @@ def token_values(fn: Callable[..., tuple[Tensor, ...]], model, prompts: list[lis
         hidden = completion_hidden(model, prompts, completions, mask)
         return over_vocabulary(fn, model, [*other_hidden, hidden], told, temperature)
 
-    def spread(values: Tensor) -> Tensor:
-        return torch.zeros(mask.shape, dtype=values.dtype, device=mask.device).masked_scatter(mask, values)
-
-    return tuple(map(spread, as_forward(model, forward)))
+    found = as_forward(model, forward)
+    return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
 
 
 def completion_logps(model, prompts: list[list[int]], completions: Tensor, mask: Tensor,
@@ -1226,7 +1196,7 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
     settings = {"lr": args.warmup_lr, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     shape = get_scheduler("cosine", optimizer, round(0.1 * steps), steps).lr_lambdas[0]
-    best, unfinished, losses = run.dir / "warmup.best", run.dir / "warmup.state", []
+    best, unfinished, losses = run.dir / "warmup", run.dir / "warmup.state", []
     if unfinished.exists():
         about = load_state(unfinished, model, optimizer)
         if about["key"] != key:
@@ -1257,13 +1227,11 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
     if rank() == 0:
         about = {"key": key, "problems": len(rows), "kept": kept["epoch"], "losses": losses}
         write_atomic(best / "warmup.json", json.dumps(about, indent=2) + "\n")
-        shutil.rmtree(run.dir / "warmup", ignore_errors=True)
-        best.rename(run.dir / "warmup")
         shutil.rmtree(unfinished)
     barrier()
     first, last = losses[0]["validation"], kept["validation"]
     print(f"warm-up: {len(rows)} problems, validation loss {first:.3f} -> {last:.3f} "
-          f"(epoch {kept['epoch']} of {args.warmup_epochs}) -> {run.dir / 'warmup'}")
+          f"(epoch {kept['epoch']} of {args.warmup_epochs}) -> {best}")
 
 
 # ---------------------------------------------------------------- rewards
@@ -1272,8 +1240,7 @@ Score = Callable[[list[str], list[dict]], Tensor]  # responses and rows -> rewar
 
 
 def load_reward(spec: str | None) -> Score:
-    """What scores responses: the math grader (1.0 or 0.0), or the function of (response, row) in
-    FILE.py:function."""
+    """What scores responses: the math grader (1.0 or 0.0), or a FILE.py:function of (response, row)."""
     if spec is None:
         return lambda texts, rows: torch.tensor(grade_batch(texts, [row["answer"] for row in rows]))
     path, _, name = spec.rpartition(":")
@@ -1311,13 +1278,10 @@ def held_out_accuracy(model, tokenizer, rows: list[dict], score: Score, args: An
         return {}
     seed_everything(args.seed, "evaluation")  # the same draws at every evaluation
     mine = [row for row in my_share(rows) for _ in range(args.eval_samples)]
-
-    def prompt(row: dict) -> list[int]:
-        strategy = row["strategy"] if guided else None
-        return build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)
-
-    *_, texts = complete(model, tokenizer, [prompt(row) for row in mine], args.max_new_tokens,
-                         args.eval_temperature, args.top_p, args.generation_batch_size)
+    prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt,
+                            row["strategy"] if guided else None) for row in mine]
+    *_, texts = complete(model, tokenizer, prompts, args.max_new_tokens, args.eval_temperature, args.top_p,
+                         args.generation_batch_size)
     right = (score(texts, mine) >= 0.5).sum()
     grader_counts()  # belongs to no step
     right, n = total(right, len(mine))
@@ -1337,6 +1301,7 @@ class Run:
                      "activation_checkpointing microbatch_tokens generation_batch_size".split())
     MAX_NONFINITE = 5  # steps in a row
     new = None  # the directory, where this process has made it
+    stopped = staticmethod(stop_asked)  # has a stop cut the rollout off? then this step has not been
 
     def __init__(self, args: Any):
         """Check `--out` and write nothing yet: what is refused later must leave no trace."""
@@ -1431,10 +1396,6 @@ class Run:
                 self.optimizer.param_groups[0]["lr"] = self.args.lr * self.lr_factor(self.step + 1)
                 yield self.step + 1
                 self.bar.update()
-
-    def stopped(self) -> bool:
-        """Has a stop cut the rollout off? Then this step has not been."""
-        return stop_asked()
 
     def lap(self, name: str) -> None:
         """time/NAME_s of this step is the time since the last lap."""
@@ -1733,10 +1694,8 @@ def versions() -> dict:
 
 def peak_memory_gb() -> float:
     """Peak memory since the start, of the process that has most; of its GPU where there is one."""
-    if ON_GPU:
-        return max(of_all_processes(torch.cuda.max_memory_allocated() / 2 ** 30))
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return max(of_all_processes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(of_all_processes(torch.cuda.max_memory_allocated() if ON_GPU else host)) / 2 ** 30
 
 
 # ---------------------------------------------------------------- asking another model
@@ -1798,27 +1757,21 @@ class Endpoint:
             refuse("OPENAI_API_KEY: holds characters that no key has; set it again")
         self.client = openai.OpenAI(base_url=args.strategist, api_key=self.key, max_retries=self.RETRIES,
                                     timeout=args.strategist_timeout)
-        self.answered, self.failed, self.lock = 0, 0, threading.Lock()
+        self.answered, self.failed = False, 0
         self.heard, self.patience = time.monotonic(), self.PATIENCE
-        screen = logging.StreamHandler()  # each retry is a line
-        screen.addFilter(lambda record: record.getMessage().startswith("Retrying"))
-        log = logging.getLogger("openai._base_client")
-        log.handlers, log.propagate = [screen], False
-        log.setLevel(logging.INFO)
 
     def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
         """An answer, maybe a NoAnswer, to each prompt, one after the other."""
         return [self.answer(prompt, temperature) for prompt in prompts]
 
     def answer(self, prompt: str, temperature: float) -> str:
-        kinds = self.openai
         try:
             choice = self.client.chat.completions.create(
                 model=self.args.strategist_model, messages=[{"role": "user", "content": prompt}],
                 max_tokens=self.args.strategist_max_new_tokens, temperature=temperature).choices[0]
             text = CUT_OFF if choice.finish_reason == "length" else choice.message.content
             text.encode()  # it is a text, of whole characters
-        except kinds.APIError as error:
+        except self.openai.APIError as error:
             status = getattr(error, "status_code", 500)  # none: no connection, or no answer in time
             if status in (400, 413, 422):
                 most = sys.maxsize if self.answered else self.FAILURES
@@ -1827,14 +1780,12 @@ class Endpoint:
             return self.no_answer("no answer", error, self.FAILURES if passing and self.answered else 1)
         except Exception as error:  # what came is no chat answer
             return self.no_answer("no answer", error, self.FAILURES)
-        with self.lock:
-            self.answered, self.failed = self.answered + 1, 0
-            self.heard, self.patience = time.monotonic(), self.PATIENCE
+        self.answered, self.failed = True, 0
+        self.heard, self.patience = time.monotonic(), self.PATIENCE
         return text
 
     def no_answer(self, what: str, error: Exception, most: int) -> NoAnswer:
-        with self.lock:
-            self.failed += 1
+        self.failed += 1  # threads may lose a count: one request more then
         if self.failed >= most:
             why = f"{self.failed} requests in a row failed: {type(error).__name__}: {error}"
             if self.key != "none":
@@ -2058,8 +2009,7 @@ def build_demo_teacher(folder: Path, words: bool) -> None:
     """A teacher: it goes on with ANY prefix that the student may write, rightly and in its own style.
 
     The student's text, whose choices are right or wrong by chance, is cut at a random token; the loss is on
-    the rest alone. So the teacher knows the right choice after the student's own text, but would never write
-    its operations.
+    the rest alone. So it knows the right choice there, but would never write the student's operations.
     """
     rng, tokenizer, train = np.random.default_rng(1), demo_tokenizer(), demo_rows()[0]
     ops = [tokenizer(op).input_ids[0] for pair in DEMO_CHOICES for op in pair]
@@ -2081,12 +2031,10 @@ def build_demo_teacher(folder: Path, words: bool) -> None:
     warm_start(folder, tokenizer, example, rng, DEMO_TEACHER_STEPS, 1e-3, demo_dir())
 
 
-def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
-    """Directory of a built-in model, made at the first call and kept under a name made of its recipe."""
-    makers = (build_demo, build_demo_teacher, warm_start, in_words, demo_solution, demo_ids, demo_strategy,
-              demo_rows, demo_tokenizer, build_prompt)
-    constants = recipe, DEMO_CHOICES, DEMO_KINDS, DEMO_STEPS, IN_WORDS
-    source = "".join(map(inspect.getsource, makers)) + repr(constants)
+def _built_once(name: str, build: Callable[..., None], *recipe: Any) -> Path:
+    """Directory of a built-in model, made at the first call and kept under a name made of how it is made."""
+    _, section, *_ = re.split("\n# -+ the (?:built-in demo|math grader)\n", Path(__file__).read_text())
+    source = section + inspect.getsource(build_prompt) + repr((recipe, DEMO_STEPS, DEMO_TEACHER_STEPS))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if not final.exists():
@@ -2095,7 +2043,7 @@ def _built_once(name: str, build: Callable[[Path], None], *recipe: Any) -> Path:
             unfinished.mkdir(parents=True)
         except OSError as error:
             refuse(f"{cache}: the demo cannot be built there ({error.strerror}); set XDG_CACHE_HOME")
-        build(unfinished)
+        build(unfinished, *recipe)
         try:
             unfinished.rename(final)
         except OSError:  # another process has built it meanwhile
@@ -2110,9 +2058,7 @@ def demo_dir() -> Path:
 
 def demo_teacher_dir(name: str) -> Path:
     """Directory of one of DEMO_TEACHERS."""
-    words = DEMO_TEACHERS[name]
-    build = functools.partial(build_demo_teacher, words=words)
-    return _built_once(f"{name}-teacher", build, words, DEMO_TEACHER_STEPS)
+    return _built_once(f"{name}-teacher", build_demo_teacher, DEMO_TEACHERS[name])
 
 
 # ---------------------------------------------------------------- the math grader

@@ -176,7 +176,7 @@ def finished_batches(path: Path) -> Parts:
     """The completions of each part in the file. A batch that a kill has cut is taken out of it."""
     batches, done = defaultdict(list), defaultdict(list)
     for _, row in read_jsonl(path, cut_by_kill=True) if path.exists() else ():
-        batches[row["benchmark"], *row["batch"]].append(row)
+        batches[(row["benchmark"], *row["batch"])].append(row)
     for (title, start, end), rows in batches.items():
         done[title] += rows if len(rows) == end - start else []
     rewrite_jsonl(path, sum(done.values(), []))
