@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import traceback
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # optional; tests that want it skip
@@ -63,6 +65,21 @@ def small_model(kind: str = "qwen2", vocab: int = 272, seed: int = 0, **more):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**settings, **more})).eval()
 
 
+class Successor(torch.nn.Module):
+    """A model that puts all its mass on (id + 1) mod V."""
+
+    def __init__(self, V: int = 50):
+        super().__init__()
+        self.head, self.V = torch.nn.Linear(V, V, bias=False), V
+        self.head.weight.data = 100 * torch.eye(V)
+        self.base_model, self.device = self.forward, torch.device("cpu")
+        self.get_input_embeddings = self.get_output_embeddings = lambda: self.head
+
+    def forward(self, input_ids, **_):
+        hidden = torch.nn.functional.one_hot((input_ids + 1) % self.V, self.V).float()
+        return type("Output", (), {"last_hidden_state": hidden})
+
+
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory) -> dict[str, Path]:
     """Hugging Face directories of a small Qwen2 (tied head) and a small Llama (untied), each with a
@@ -75,17 +92,40 @@ def model_dirs(tmp_path_factory) -> dict[str, Path]:
     return made
 
 
+def whole_run_for_real(script: str, argv: list) -> int:
+    """A script's main() in this process with the given command line -> its exit code."""
+    sys.argv = [f"{script}.py", *map(str, argv)]
+    try:
+        __import__(script).main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 @pytest.fixture
 def run_script(monkeypatch):
-    """Run a script's main() in this process with the given command line -> its exit code."""
-    def run(name: str, *argv) -> int:
-        module = __import__(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
-        try:
-            module.main()
-        except SystemExit as stop:
-            return stop.code
-        return 0
+    monkeypatch.setattr(sys, "argv", sys.argv)  # given back at the end
+    return lambda script, *argv: whole_run_for_real(script, argv)
+
+
+@pytest.fixture(scope="session")
+def argv_of(model_dirs, rows_file):
+    """The command line of a short run, --out aside."""
+    own = {"sgpo": ["--guided_group_size", 2], "tgpo": ["--teacher", model_dirs["llama"]]}
+
+    def argv(script: str, *more) -> list:
+        return ["--model", model_dirs["qwen2"], "--dataset", rows_file, "--reward",
+                f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 3, "--group_size", 3,
+                "--max_new_tokens", 8, "--lr", 1e-3, "--system_prompt", "Think.", *own.get(script, []), *more]
+    return argv
+
+
+@pytest.fixture
+def train(argv_of, tmp_path, run_script):
+    """A short run in tmp_path / out, in this process -> that directory."""
+    def run(script: str, *more, out: str = "run", code: int = 0) -> Path:
+        assert run_script(script, *argv_of(script, *more), "--out", tmp_path / out) == code
+        return tmp_path / out
     return run
 
 
@@ -155,12 +195,13 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def rows_file(tmp_path) -> Path:
-    """Eight toy problems with strategies; a reward file that pays for short texts, so that groups differ."""
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory) -> Path:
+    """Eight toy problems with strategies; a reward file that pays for even lengths, so that groups differ."""
+    folder = tmp_path_factory.mktemp("rows")
     even = "def even(response, row):\n    return float(len(response) % 2 == 0)\n"
-    (tmp_path / "reward.py").write_text(even)
-    return write_rows(tmp_path / "rows.jsonl", [
+    (folder / "reward.py").write_text(even)
+    return write_rows(folder / "rows.jsonl", [
         {"problem": f"What is {i} + {i}?", "answer": str(2 * i),
          "strategy": f"Type: sum. Strategy: double. Steps: double {i}."} for i in range(8)])
 
@@ -173,3 +214,21 @@ def stripped(rows: list[dict]) -> list[dict]:
     """Metrics without what may differ between two equal runs: times and memory."""
     machine = ("tokens_per_s", "peak_memory_gb")
     return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in machine} for row in rows]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return all(torch.equal(one[k], two[k]) for k in one)
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Weights, metrics with all their keys, samples: bit for bit."""
+    assert stripped(read_jsonl(a / "metrics.jsonl")) == stripped(read_jsonl(b / "metrics.jsonl"))
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    assert same_weights(a / "model", b / "model")
+
+
+def undo(run: Path, step: int) -> None:
+    """As if a finished run had been killed before it saved `step`, its last."""
+    for path in (run / "checkpoints" / f"step_{step:06d}", run / "model"):
+        shutil.rmtree(path)

@@ -16,45 +16,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo_baseline
 import sgpo
-from conftest import ROOT, SHARED, Child, read_jsonl, small_tokenizer, stripped, write_rows
-from test_ranks import whole_run_for_real
-
-SCRIPTS = ("sgpo", "grpo_baseline")
-
-
-def argv_of(script: str, model_dirs, rows_file, *more) -> list:
-    guided = ["--guided_group_size", 2] if script == "sgpo" else []
-    return ["--model", model_dirs["qwen2"], "--dataset", rows_file, "--reward",
-            f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 3, "--group_size", 3,
-            "--max_new_tokens", 8, "--lr", 1e-3, "--system_prompt", "Think.", *guided, *more]
-
-
-def same_runs(a: Path, b: Path) -> None:
-    """Weights, metrics with all their keys, samples: bit for bit."""
-    assert stripped(read_jsonl(a / "metrics.jsonl")) == stripped(read_jsonl(b / "metrics.jsonl"))
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    one, two = (load_file(run / "model" / "model.safetensors") for run in (a, b))
-    assert all(torch.equal(one[k], two[k]) for k in one)
-
+from conftest import (ROOT, SHARED, Child, read_jsonl, same_runs, same_weights, small_tokenizer, undo,
+                      whole_run_for_real, write_rows)
 
 # ---- what a run writes
 
-def test_tensorboard_has_the_metrics_config_and_samples(model_dirs, rows_file, tmp_path, run_script):
+def test_tensorboard_has_the_metrics_config_and_samples(rows_file, train):
     """Read back from its event files; what a resumed run does again takes the place of what was there."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    out = tmp_path / "run"
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--eval_dataset", rows_file, "--eval_every", 2,
-                   "--report_to", "tensorboard", "--out", out)
-    assert run_script("grpo_baseline", *argv, "--steps", 3, "--save_every", 2) == 0
-    for path in (out / "checkpoints" / "step_000003", out / "model"):
-        shutil.rmtree(path)
-    assert run_script("grpo_baseline", *argv, "--steps", 3, "--save_every", 2, "--resume") == 0
+    flags = ["--eval_dataset", rows_file, "--eval_every", 2, "--report_to", "tensorboard", "--steps", 3,
+             "--save_every", 2]
+    undo(train("grpo_baseline", *flags), 3)
+    out = train("grpo_baseline", *flags, "--resume")
     board = events.EventAccumulator(str(out / "tensorboard"), {events.SCALARS: 0, events.TENSORS: 0}).Reload()
     metrics = read_jsonl(out / "metrics.jsonl")
     for key in {key for row in metrics for key in row} - {"step"}:
@@ -70,19 +48,18 @@ def test_tensorboard_has_the_metrics_config_and_samples(model_dirs, rows_file, t
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_other_dashboards_by_the_calls_they_share(name, model_dirs, rows_file, tmp_path, run_script, capsys,
-                                                  monkeypatch):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 1, "--report_to", name)
+def test_other_dashboards_by_the_calls_they_share(name, tmp_path, train, capsys, monkeypatch):
+    argv = ["grpo_baseline", "--steps", 1, "--report_to", name]
     if not importlib.util.find_spec(name):
-        assert run_script("grpo_baseline", *argv, "--out", tmp_path / "none") == 2
-        assert f"pip install {name}" in capsys.readouterr().err and not (tmp_path / "none").exists()
+        assert not train(*argv, out="none", code=2).exists()
+        assert f"pip install {name}" in capsys.readouterr().err
     client, calls = types.ModuleType(name), []
     client.__spec__ = importlib.machinery.ModuleSpec(name, None)
     client.init = lambda project, name, config, resume, **own: calls.append((name, config, resume, own))
     client.log = lambda metrics, step: calls.append((step, metrics))
     client.Table = lambda dataframe: dataframe
     monkeypatch.setitem(sys.modules, name, client)
-    assert run_script("grpo_baseline", *argv, "--out", tmp_path / "run") == 0
+    train(*argv)
     (run, config, resume, _), (step, metrics) = calls
     row, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert (run, resume, step) == ("run", "allow", 1) and config["flags"]["lr"] == 1e-3
@@ -101,15 +78,12 @@ def test_the_line_beside_the_bar_tells_what_is_known():
 
 @pytest.mark.parametrize("shape, wanted", [
     ("constant", [.5, 1, 1, 1]), ("linear", [.5, 1, 2 / 3, 1 / 3]), ("cosine", [.5, 1, .75, .25])])
-def test_the_learning_rate_follows_its_schedule(shape, wanted, model_dirs, rows_file, tmp_path, run_script):
+def test_the_learning_rate_follows_its_schedule(shape, wanted, train):
     """Two steps of warm-up; no step is wasted on a rate of 0; the same after a resume."""
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--lr_schedule", shape, "--lr_warmup_steps", 2,
-                   "--steps", 4, "--out", tmp_path / "run", "--save_every", 2)
-    assert run_script("grpo_baseline", *argv) == 0
-    for path in (tmp_path / "run" / "checkpoints" / "step_000004", tmp_path / "run" / "model"):
-        shutil.rmtree(path)
-    assert run_script("grpo_baseline", *argv, "--resume") == 0
-    rates = [row["lr"] / 1e-3 for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    flags = ["--lr_schedule", shape, "--lr_warmup_steps", 2, "--steps", 4, "--save_every", 2]
+    undo(train("grpo_baseline", *flags), 4)
+    run = train("grpo_baseline", *flags, "--resume")
+    rates = [row["lr"] / 1e-3 for row in read_jsonl(run / "metrics.jsonl")]
     assert rates == pytest.approx(wanted)
 
 
@@ -140,13 +114,10 @@ def test_real_problems_run_through_and_the_model_loads(kind, model_dirs, tmp_pat
     assert AutoTokenizer.from_pretrained(out / "model").chat_template == small_tokenizer().chat_template
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_training_changes_the_model_and_metrics_agree_with_samples(
-    script, model_dirs, rows_file, tmp_path, run_script):
-    out = tmp_path / "run"
-    assert run_script(script, *argv_of(script, model_dirs, rows_file, "--steps", 3, "--out", out)) == 0
-    before, after = (load_file(d / "model.safetensors") for d in (model_dirs["qwen2"], out / "model"))
-    assert any(not torch.equal(before[k], after[k]) for k in before)
+@pytest.mark.parametrize("script", ["sgpo", "grpo_baseline"])
+def test_training_changes_the_model_and_metrics_agree_with_samples(script, model_dirs, train):
+    out = train(script, "--steps", 3)
+    assert not same_weights(model_dirs["qwen2"], out / "model")
     samples = read_jsonl(out / "samples.jsonl")
     for m in read_jsonl(out / "metrics.jsonl"):
         rewards = [s["reward"] for s in samples if s["step"] == m["step"] and not s.get("guided")]
@@ -161,26 +132,20 @@ def test_training_changes_the_model_and_metrics_agree_with_samples(
     assert config["flags"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
 
 
-def test_sgpo_without_distillation_is_grpo_to_the_bit(model_dirs, rows_file, tmp_path, run_script):
-    for script, more in (("sgpo", ["--distill", "none"]), ("grpo_baseline", [])):
-        argv = argv_of(script, model_dirs, rows_file, "--steps", 3, "--out", tmp_path / script, *more)
-        assert run_script(script, *argv) == 0
-    same_runs(tmp_path / "sgpo", tmp_path / "grpo_baseline")
+def test_sgpo_without_distillation_is_grpo_to_the_bit(train):
+    same_runs(train("sgpo", "--steps", 3, "--distill", "none", out="sgpo"),
+              train("grpo_baseline", "--steps", 3, out="grpo"))
 
 
-def test_strategies_on_some_rows_only(model_dirs, rows_file, tmp_path, run_script):
+def test_strategies_on_some_rows_only(rows_file, tmp_path, train):
     rows = read_jsonl(rows_file)
     for row in rows[3:]:
         del row["strategy"]
-    write_rows(rows_file, rows)
-    argv = argv_of("sgpo", model_dirs, rows_file, "--steps", 4, "--out", tmp_path / "run")
-    assert run_script("sgpo", *argv) == 0
-    guided = {s["id"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl") if s.get("guided")}
-    assert guided == {"0", "1", "2"}
+    run = train("sgpo", "--dataset", write_rows(tmp_path / "some.jsonl", rows), "--steps", 4)
+    assert {s["id"] for s in read_jsonl(run / "samples.jsonl") if s.get("guided")} == {"0", "1", "2"}
 
 
-def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(model_dirs, rows_file, tmp_path,
-        run_script, monkeypatch):
+def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(train, monkeypatch):
     seen, true = {}, sgpo.update
 
     def watched(model, optimizer, ro, advantages, guidance, args):
@@ -188,8 +153,7 @@ def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(model_di
         return true(model, optimizer, ro, advantages, guidance, args)
 
     monkeypatch.setattr(sgpo, "update", watched)
-    assert run_script("sgpo", * argv_of("sgpo", model_dirs, rows_file, "--steps", 1, "--out",
-                                        tmp_path / "run")) == 0
+    train("sgpo", "--steps", 1)
     sampled, scored = ([small_tokenizer().decode(p) for p in seen[name]] for name in ("sampled", "scored"))
     assert len(sampled) == 15 and not any("Strategy" in p for p in sampled[:9] + scored)
     assert all("Strategy:\nType: sum." in p for p in sampled[9:]) and sampled[:9] == scored[:9]
@@ -199,44 +163,40 @@ def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(model_di
 
 # ---- resume
 
-def test_resume_with_more_steps_equals_one_long_run(model_dirs, rows_file, tmp_path, run_script):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file)
-    for steps, out, more in ((2, "two", []), (4, "two", ["--resume"]), (4, "four", [])):
-        assert run_script("grpo_baseline", *argv, "--steps", steps, "--out", tmp_path / out, *more) == 0
-    same_runs(tmp_path / "two", tmp_path / "four")
+def test_resume_with_more_steps_equals_one_long_run(train):
+    train("grpo_baseline", "--steps", 2, out="two")
+    same_runs(train("grpo_baseline", "--steps", 4, "--resume", out="two"),
+              train("grpo_baseline", "--steps", 4, out="four"))
 
 
-def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(
-    model_dirs, rows_file, tmp_path, run_script):
+def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(tmp_path, train):
     """All groups were dead so far: AdamW has no state, and torch would make one up by a step of its own."""
-    late = tmp_path / "late.py"
-    late.write_text("n = 0\ndef f(response, row):\n    global n\n    n += 1\n"
-                    "    return float(n > 9 and len(response) % 2)\n")
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--save_every", 1, "--reward", f"{late}:f")
-    assert run_script("grpo_baseline", *argv, "--steps", 1, "--out", tmp_path / "run") == 0
-    first, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    file = tmp_path / "late.py"
+    late = ("n = 0\ndef f(response, row):\n    global n\n    n += 1\n"
+            "    return float(n > 9 and len(response) % 2)\n")
+    argv = ["grpo_baseline", "--save_every", 1, "--reward", f"{file}:f", "--steps"]
+    file.write_text(late)
+    first, = read_jsonl(train(*argv, 1) / "metrics.jsonl")
     assert first["updates"] == 0 and "padding_frac" not in first  # nothing was trained on
-    late.write_text("def f(response, row):\n    return float(len(response) % 2)\n")  # as it is from step 2 on
-    assert run_script("grpo_baseline", *argv, "--steps", 2, "--out", tmp_path / "run", "--resume") == 0
-    late.write_text("n = 0\ndef f(response, row):\n    global n\n    n += 1\n"
-                    "    return float(n > 9 and len(response) % 2)\n")
-    assert run_script("grpo_baseline", *argv, "--steps", 2, "--out", tmp_path / "whole") == 0
-    assert read_jsonl(tmp_path / "whole" / "metrics.jsonl")[1]["updates"] == 1
-    same_runs(tmp_path / "run", tmp_path / "whole")
+    file.write_text(late.replace("n > 9 and ", ""))  # as it is from step 2 on
+    run = train(*argv, 2, "--resume")
+    file.write_text(late)
+    whole = train(*argv, 2, out="whole")
+    assert read_jsonl(whole / "metrics.jsonl")[1]["updates"] == 1
+    same_runs(run, whole)
 
 
-def test_config_json_as_a_flag_file_repeats_the_run(model_dirs, rows_file, tmp_path, run_script):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 2)
-    assert run_script("grpo_baseline", *argv, "--out", tmp_path / "a") == 0
-    assert run_script("grpo_baseline", tmp_path / "a" / "config.json", "--out", tmp_path / "b") == 0
-    same_runs(tmp_path / "a", tmp_path / "b")
+def test_config_json_as_a_flag_file_repeats_the_run(tmp_path, train, run_script):
+    a, b = train("grpo_baseline", "--steps", 2, out="a"), tmp_path / "b"
+    assert run_script("grpo_baseline", a / "config.json", "--out", b) == 0
+    same_runs(a, b)
 
 
 # ---- kills
 
-def test_twenty_kills_at_any_moment_change_nothing(model_dirs, rows_file, tmp_path):
-    argv = argv_of("sgpo", model_dirs, rows_file, "--steps", 12, "--save_every", 1, "--eval_dataset",
-                   rows_file, "--eval_every", 3, "--eval_samples", 1)
+def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path):
+    argv = argv_of("sgpo", "--steps", 12, "--save_every", 1, "--eval_dataset", rows_file, "--eval_every", 3,
+                   "--eval_samples", 1)
     Child(int).ended()  # the server of forks has started
     began = time.time()
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
@@ -259,42 +219,55 @@ def test_twenty_kills_at_any_moment_change_nothing(model_dirs, rows_file, tmp_pa
     same_runs(tmp_path / "whole", broken)
 
 
-def broken_at_step_5(moment, argv, out):
-    """A run that kills itself at step 5, at one of the worst moments."""
+@pytest.fixture(scope="module")
+def whole(argv_of, rows_file, tmp_path_factory):
+    """A run that nothing disturbed, and its command line."""
+    argv = argv_of("sgpo", "--steps", 4, "--max_new_tokens", 40, "--eval_dataset", rows_file,
+                   "--eval_samples", 1, "--eval_every", 2)
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", run]).ended() == 0
+    return run, argv
+
+
+def resumed_equals(whole, run, *more):
+    whole, argv = whole
+    assert Child(whole_run_for_real, "sgpo", [*argv, *more, "--out", run, "--resume"]).ended() == 0
+    same_runs(run, whole)
+
+
+def broken_in_step_3(moment, argv, out):
+    """A run that kills itself at one of the worst moments."""
     place, name = {"in the write": (dcp, "save"), "before the rename": (Path, "rename"),
                    "while an old one is removed": (shutil, "rmtree"),
                    "in the log": (common.Run, "log")}[moment]
     true = getattr(place, name)
 
     def deadly(*args, **kwargs):
-        in_time = (out / "checkpoints" / "step_000004").exists()
+        in_time = (out / "checkpoints" / "step_000002").exists()
         if not in_time or moment == "while an old one is removed" and not str(
-            args[0]).endswith("step_000003"):
+            args[0]).endswith("step_000001"):
             return true(*args, **kwargs)
         if moment == "in the write":
             true(*args, **kwargs)
-            for file in (out / "checkpoints" / "step_000005.tmp").iterdir():
+            for file in (out / "checkpoints" / "step_000003.tmp").iterdir():
                 file.write_bytes(file.read_bytes()[:100])
         if moment == "while an old one is removed":
             next(args[0].iterdir()).unlink()
         if moment == "in the log":
             with open(out / "metrics.jsonl", "a") as file:
-                file.write('{"step": 5, "rew')
+                file.write('{"step": 3, "rew')
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(place, name, deadly)
-    return whole_run_for_real("grpo_baseline", [*argv, "--out", out])
+    return whole_run_for_real("sgpo", [*argv, "--out", out])
 
 
 @pytest.mark.parametrize("moment", ["in the write", "before the rename",
-                         "while an old one is removed", "in the log"])
-def test_a_kill_in_the_middle_of_saving(moment, model_dirs, rows_file, tmp_path):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 8, "--save_every", 1)
-    assert Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "whole"]).ended() == 0
-    assert Child(broken_at_step_5, moment, argv, tmp_path / "broken").ended() == -9
-    again = Child(whole_run_for_real, "grpo_baseline", [*argv, "--out", tmp_path / "broken", "--resume"])
-    assert again.ended() == 0
-    same_runs(tmp_path / "whole", tmp_path / "broken")
+                                    "while an old one is removed", "in the log"])
+def test_a_kill_in_the_middle_of_saving(moment, whole, tmp_path):
+    argv = [*whole[1], "--save_every", 1]
+    assert Child(broken_in_step_3, moment, argv, tmp_path / "run").ended() == -9
+    resumed_equals(whole, tmp_path / "run", "--save_every", 1)
 
 
 # ---- signals
@@ -319,92 +292,68 @@ def told(kind, moment, at, argv, out):
         assert time.time() - began[0] < 10
 
 
-@pytest.mark.parametrize("moment, kind",
-                         [("rollout", signal.SIGTERM), ("update", signal.SIGINT), ("save", signal.SIGTERM),
-                          ("evaluation", signal.SIGINT), ("evaluation", signal.SIGTERM)])
-def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(kind, moment, model_dirs, rows_file, tmp_path):
-    argv = argv_of("sgpo", model_dirs, rows_file, "--save_every", 2 if moment == "save" else 0,
-                   "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 2, "--max_new_tokens",
-                   40, "--steps", 4)
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    at = 2 if moment == "evaluation" else 3
-    assert Child(told, kind, moment, at, argv, run, said=tmp_path / "said").ended() == 130
-    step = {"update": 3}.get(moment, 2)  # a step that has its rollout is finished
+@pytest.mark.parametrize("moment, kind, at, step", [  # a step that has its rollout is finished
+    ("rollout", signal.SIGTERM, 3, 2), ("update", signal.SIGINT, 3, 3), ("save", signal.SIGTERM, 3, 2),
+    ("evaluation", signal.SIGTERM, 2, 2)])
+def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(moment, kind, at, step, whole, tmp_path):
+    more, run = ["--save_every", 2 if moment == "save" else 0], tmp_path / "run"
+    assert Child(told, kind, moment, at, [*whole[1], *more], run, said=tmp_path / "said").ended() == 130
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{step:06d}"]
     said, err = (tmp_path / "said").read_text(), (tmp_path / "said.err").read_text()
     assert f"stopped after step {step} of 4; go on with --resume" in said and "Traceback" not in err
-    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", run, "--resume"]).ended() == 0
-    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", whole]).ended() == 0
-    same_runs(run, whole)  # an evaluation that the stop cut off is made up for
+    resumed_equals(whole, run, *more)  # an evaluation that the stop cut off is made up for
 
 
-def test_stops_at_the_ends_and_a_kill_in_an_evaluation_that_is_made_up_for(model_dirs, rows_file, tmp_path):
-    argv = argv_of("sgpo", model_dirs, rows_file, "--eval_samples", 1, "--eval_every", 2, "--steps", 2)
-    held_out = [*argv, "--eval_dataset", rows_file]
-    run, whole, last = tmp_path / "run", tmp_path / "whole", tmp_path / "last"
-    assert Child(whole_run_for_real, "sgpo", [*held_out, "--out", whole]).ended() == 0
-    assert Child(told, signal.SIGINT, "evaluation", 1, held_out, run).ended() == 130  # before the first step
+def test_stops_at_the_ends_and_a_kill_in_an_evaluation_that_is_made_up_for(whole, argv_of, tmp_path):
+    run, last, argv = tmp_path / "run", tmp_path / "last", whole[1]
+    assert Child(told, signal.SIGINT, "evaluation", 1, argv, run).ended() == 130  # before the first step
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000000"]
-    resumed = [*held_out, "--resume"]
-    assert Child(told, signal.SIGINT, "evaluation", 2, resumed, run).ended() == 130  # after the last one
-    assert Child(told, signal.SIGKILL, "evaluation", 3, resumed, run).ended() == -9
-    assert Child(whole_run_for_real, "sgpo", [*resumed, "--out", run]).ended() == 0
-    same_runs(run, whole)
-    assert Child(told, signal.SIGINT, "update", 2, argv, last).ended() == 0  # the last step
-    assert (last / "model").exists()
+    resumed = [*argv, "--resume"]
+    assert Child(told, signal.SIGINT, "evaluation", 4, resumed, run).ended() == 130  # after the last one
+    assert Child(told, signal.SIGKILL, "evaluation", 5, resumed, run).ended() == -9
+    resumed_equals(whole, run)
+    assert Child(told, signal.SIGINT, "update", 2, argv_of("sgpo", "--steps", 2), last).ended() == 0
+    assert (last / "model").exists()  # it was the last step
 
 
-def test_a_run_that_was_stopped_before_it_had_done_anything_can_be_resumed_or_begun_anew(
-    model_dirs, rows_file, tmp_path, run_script):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 1, "--out", tmp_path / "run")
-    assert run_script("grpo_baseline", *argv) == 0
+def test_a_run_that_was_stopped_before_it_had_done_anything_can_be_resumed_or_begun_anew(train):
+    run = train("grpo_baseline", "--steps", 1)
     for more in (["--resume"], []):
-        for path in (tmp_path / "run").iterdir():
+        for path in run.iterdir():
             if path.name not in ("config.json", "lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        assert run_script("grpo_baseline", *argv, *more) == 0
-    assert (tmp_path / "run" / "model").exists()
+        train("grpo_baseline", "--steps", 1, *more)
+    assert (run / "model").exists()
 
 
-def told_twice(argv):
-    """A run that is interrupted twice in its first rollout."""
-    true = common.Progress.__call__
+def interrupted(moment, argv):
+    """A run that is interrupted whenever it has written a token, or loads its data."""
+    place, name = {"rollout": (common.Progress, "__call__"), "data": (grpo_baseline, "load_problems")}[moment]
+    true = getattr(place, name)
 
     def wrapped(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         return true(*args, **kwargs)
 
-    common.Progress.__call__ = wrapped
+    setattr(place, name, wrapped)
     return whole_run_for_real("grpo_baseline", argv)
 
 
-def test_a_second_signal_ends_at_once(model_dirs, rows_file, tmp_path):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 2, "--out", tmp_path / "run")
-    assert Child(told_twice, argv, said=tmp_path / "said").ended() == 130
-    lines = (tmp_path / "said.err").read_text().split("\n")
-    assert lines == ["", "stopping: what is done will be saved (once more: at once)", "stopped", ""]
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
-
-
-def interrupted(seconds_in, argv):
-    """A run that is interrupted before it has begun to train."""
-    true = common.load_problems
-    common.load_problems = grpo_baseline.load_problems = lambda *a: os.kill(
-        os.getpid(), signal.SIGINT) or true(*a)
-    return whole_run_for_real("grpo_baseline", argv)
-
-
-def test_a_stop_before_training_is_one_line_and_leaves_nothing(model_dirs, rows_file, tmp_path):
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--out", tmp_path / "run")
-    assert Child(interrupted, 0, argv, said=tmp_path / "said").ended() == 130
-    assert (tmp_path / "said.err").read_text() == "stopped\n" and not (tmp_path / "run").exists()
+@pytest.mark.parametrize("moment, lines", [
+    ("rollout", "\nstopping: what is done will be saved (once more: at once)\nstopped\n"),
+    ("data", "stopped\n")])
+def test_a_second_signal_and_one_before_training_end_at_once(moment, lines, argv_of, tmp_path):
+    argv = argv_of("grpo_baseline", "--steps", 2, "--out", tmp_path / "run")
+    assert Child(interrupted, moment, argv, said=tmp_path / "said").ended() == 130
+    assert (tmp_path / "said.err").read_text() == lines
+    assert (tmp_path / "run").exists() == (moment == "rollout")
+    assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
 # ---- disks, numbers, memory
 
 @pytest.mark.parametrize("times, code", [(1, 0), (5, 2)])
-def test_gradients_that_are_not_finite(times, code, model_dirs, rows_file,
-                                       tmp_path, run_script, capsys, monkeypatch):
+def test_gradients_that_are_not_finite(times, code, train, capsys, monkeypatch):
     """They are skipped and counted; five steps in a row with nothing else end the run."""
     true, calls = grpo_baseline.policy_loss, []
 
@@ -414,19 +363,16 @@ def test_gradients_that_are_not_finite(times, code, model_dirs, rows_file,
         return loss * (float("nan") if len(calls) <= times else 1.0), clipped
 
     monkeypatch.setattr(grpo_baseline, "policy_loss", broken)
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 9, "--out", tmp_path / "run")
-    assert run_script("grpo_baseline", *argv) == code
-    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    metrics = read_jsonl(train("grpo_baseline", "--steps", 9, code=code) / "metrics.jsonl")
     assert sum(m["nonfinite_updates"] for m in metrics) == times
     if code:
         err = capsys.readouterr().err
-        assert err.count(
-            "\n") == 1 and "not finite in 5 steps in a row" in err and "earlier weights" not in err
+        assert err.count("\n") == 1 and "not finite in 5 steps in a row" in err
+        assert "earlier weights" not in err
         assert not any(m["updates"] for m in metrics)
 
 
-def test_out_of_memory_is_one_line_and_nothing_is_retried(model_dirs, rows_file, tmp_path, run_script, capsys,
-                                                          monkeypatch):
+def test_out_of_memory_is_one_line_and_nothing_is_retried(train, capsys, monkeypatch):
     """After an error in a backward pass gradients may hang where no optimizer sees them: the run ends."""
     calls = []
 
@@ -435,24 +381,20 @@ def test_out_of_memory_is_one_line_and_nothing_is_retried(model_dirs, rows_file,
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.Tensor, "backward", short)
-    argv = argv_of("grpo_baseline", model_dirs, rows_file, "--steps", 2, "--out", tmp_path / "run")
-    assert run_script("grpo_baseline", *argv) == 2
+    train("grpo_baseline", "--steps", 2, code=2)
     err = capsys.readouterr().err
-    assert len(calls) == 1 and err.count(
-        "\n") == 1 and "lower --microbatch_tokens" in err and "--cpu_offload" in err
+    assert len(calls) == 1 and err.count("\n") == 1
+    assert "lower --microbatch_tokens" in err and "--cpu_offload" in err
 
 
-def test_memory_rule(monkeypatch, tmp_path):
+def test_memory_rule(model_dirs):
     """16 bytes a parameter for what training holds, 2 for the copy that samples; the user's word stands."""
     def chosen(card: float, **flags) -> tuple[bool, bool]:
-        args = sgpo.Args(model="demo", **flags)
+        args = sgpo.Args(model=str(model_dirs["qwen2"]), **flags)
         common.choose_memory(args, card)
         return args.activation_checkpointing, args.cpu_offload
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(common, "DEMO_STEPS", 2)
-    need = 18 * sum(p.numel() for p in common.AutoModelForCausalLM.from_config(
-        common.AutoConfig.from_pretrained(common.demo_dir())).parameters())
+    need = 18 * sum(p.numel() for p in common.load_model(str(model_dirs["qwen2"])).parameters())
     assert chosen(5 * need) == (False, False) and chosen(3 * need) == (True, False)
     assert chosen(1.1 * need) == (True, True) and chosen(1.1 * need, cpu_offload=False) == (True, False)
 
@@ -461,26 +403,20 @@ def test_memory_rule(monkeypatch, tmp_path):
 
 def blocks(script: str) -> dict[str, str]:
     source = (ROOT / f"{script}.py").read_text()
-    named = (ast.FunctionDef, ast.ClassDef)
     return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
-            if isinstance(node, named)}
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 SAME = {"Rollout", "rollout", "group_advantages", "policy_loss", "token_weights"}
+OWN = {"Args", "check_args", "score_rows", "update", "main"}  # these hold the algorithm
 
 
 @pytest.mark.parametrize("script", ["sgpo", "tgpo"])
-def test_what_the_scripts_share_is_word_for_word_the_same(script):
-    ours, base = blocks(script), blocks("grpo_baseline")
-    assert all(ours[name] == base[name] for name in SAME)
-    assert set(base) - SAME == {"Args", "check_args", "score_rows",
-               "update", "main"}  # these hold the algorithm
-    assert [name for name in ours if name in base] == list(base)
-
-
-@pytest.mark.parametrize("script", ["sgpo", "tgpo"])
-def test_the_diff_takes_little_away(script):
+def test_the_scripts_share_blocks_word_for_word_and_their_diff_takes_little_away(script):
     """What the paper adds may be long; what it changes of GRPO's own lines is not."""
+    ours, base = blocks(script), blocks("grpo_baseline")
+    assert all(ours[name] == base[name] for name in SAME) and set(base) - SAME == OWN
+    assert [name for name in ours if name in base] == list(base)
     a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("grpo_baseline", script))
     start = next(i for i, line in enumerate(a) if line.startswith("# Letters: "))
     removed = [line for line in difflib.ndiff(a[start:], b) if line.startswith("- ")]
