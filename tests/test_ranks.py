@@ -22,7 +22,8 @@ import common
 import grpo_baseline
 import sgpo
 import tgpo
-from conftest import ROOT, Child, read_jsonl, small_model, small_tokenizer, stripped, write_rows
+from conftest import (ROOT, Child, read_jsonl, same_runs, small_model, small_tokenizer, stripped,
+                      whole_run_for_real, write_rows)
 from test_update import B, COMPLETIONS, G1, G2, GUIDED, LENGTHS, PLAIN, PROBLEM, REWARDS
 
 HOME = {"grpo_baseline": grpo_baseline, "sgpo": sgpo, "tgpo": tgpo}
@@ -85,23 +86,29 @@ def update_of(script: str, flags: dict):
     return grads, grpo_baseline.update(model, optimizer, ro, advantages, args)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("script, flags", [
+SETTINGS = [
     ("grpo_baseline", {}), ("grpo_baseline", {"loss_type": "dapo", "updates_per_rollout": 2}),
     ("grpo_baseline", {"loss_type": "dr_grpo", "microbatch_tokens": 12}), ("sgpo", {"delta": 2.0}),
     ("sgpo", {"microbatch_tokens": 12, "updates_per_rollout": 2}),
     ("sgpo", {"target": "all", "distill": "reverse_kl"}), ("sgpo", {"distill": "sft"}),
     ("tgpo", {"guidance": "tgpo"}), ("tgpo", {"guidance": "reverse-kl"}),
-    ("tgpo", {"guidance": "kdrl", "microbatch_tokens": 12, "updates_per_rollout": 2})])
-def test_gradients_and_metrics_do_not_depend_on_the_number_of_processes(script, flags, n):
-    alone, metrics = update_of(script, flags)
-    assert len(alone) == flags.get("updates_per_rollout", 1) and all(g.abs().max() > 1e-3 for g in alone)
-    for grads, theirs in in_processes(n, update_of, script, flags):
-        assert len(grads) == len(alone)
-        for a, b in zip(grads, alone):
-            assert ((a - b).norm() / b.norm()).item() < 1e-6
-        for name in metrics.keys() - {"padding_frac"}:
-            assert theirs[name] == pytest.approx(metrics[name], abs=1e-5), name
+    ("tgpo", {"guidance": "kdrl", "microbatch_tokens": 12, "updates_per_rollout": 2})]
+
+
+def all_updates() -> list:
+    return [update_of(*setting) for setting in SETTINGS]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_gradients_and_metrics_do_not_depend_on_the_number_of_processes(n):
+    alone = all_updates()
+    for theirs in in_processes(n, all_updates):
+        for setting, (grads, metrics), (our_grads, ours) in zip(SETTINGS, theirs, alone, strict=True):
+            assert len(grads) == len(our_grads) == setting[1].get("updates_per_rollout", 1)
+            for a, b in zip(grads, our_grads):
+                assert b.abs().max() > 1e-3 and ((a - b).norm() / b.norm()).item() < 1e-6, setting
+            for name in ours.keys() - {"padding_frac"}:
+                assert metrics[name] == pytest.approx(ours[name], abs=1e-5), (name, setting)
 
 
 def bf16_update(flags: dict):
@@ -121,15 +128,6 @@ def test_a_sharded_model_computes_in_bf16_on_fp32_weights():
 
 # ---- whole runs
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy") / "model"
-    for where, seed in ((path, 0), (f"{path}-teacher", 5)):
-        small_model(seed=seed, tie_word_embeddings=True).save_pretrained(where)
-        small_tokenizer().save_pretrained(where)
-    return path
-
-
 def forced(model, tokenizer, prompts, max_new_tokens, *_):
     """Completions that depend only on the prompt and on how often it has come before in this call."""
     seen, rows = {}, []
@@ -148,73 +146,50 @@ def whole_run(script: str, argv: list) -> int:
     return whole_run_for_real(script, argv)
 
 
-def whole_run_for_real(script: str, argv: list) -> int:
-    sys.argv = [f"{script}.py", *map(str, argv)]
-    try:
-        HOME[script].main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def assert_same_run(a, b, digits=1e-5):
+def assert_same_run(a, b):
     one, two = (stripped(read_jsonl(run / "metrics.jsonl")) for run in (a, b))
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for x, y in zip(one, two):
         for name in x.keys() - {"padding_frac"}:
-            assert y[name] == pytest.approx(x[name], abs=digits), (name, x["step"])
+            assert y[name] == pytest.approx(x[name], abs=1e-5), (name, x["step"])
     key = lambda s: (s["step"], s.get("guided", False), s["id"], s["completion"])
     assert sorted(map(key, read_jsonl(a / "samples.jsonl"))
                   ) == sorted(map(key, read_jsonl(b / "samples.jsonl")))
     weights = [load_file(run / "model" / "model.safetensors") for run in (a, b)]
     for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=digits, rtol=0)
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=0)
 
 
-def argv_of(script, folder, rows_file, *more):
-    own = {"sgpo": ["--guided_group_size", 2],
-           "tgpo": ["--teacher", f"{folder}-teacher", "--coefficient", 0.1]}
-    return ["--model", folder, "--dataset", rows_file, "--eval_dataset", rows_file, "--eval_samples", 1,
-            "--eval_every", 1, "--reward", f"{rows_file.parent}/reward.py:even", "--prompts_per_step", 4,
-            "--group_size", 3, "--max_new_tokens", 8, "--lr", 1e-4, "--system_prompt", "",
-            "--microbatch_tokens", 150, *own.get(script, []), *more]
+@pytest.fixture
+def argv(argv_of, rows_file):
+    """Four problems a step: for three processes to share."""
+    def of(script: str, *more) -> list:
+        own = ["--coefficient", 0.1] if script == "tgpo" else []
+        return argv_of(script, "--prompts_per_step", 4, "--microbatch_tokens", 150, "--lr", 1e-4,
+                       "--eval_dataset", rows_file, "--eval_samples", 1, "--eval_every", 1, *own, *more)
+    return of
 
 
 @pytest.mark.parametrize("script", HOME)
-def test_two_processes_train_as_one_and_resume_as_any_number(script, folder, rows_file, tmp_path):
-    argv = argv_of(script, folder, rows_file)
-    for n, out in ((1, "one"), (2, "two")):
-        assert in_processes(n, whole_run, script, [*argv, "--steps", 4, "--out", tmp_path / out]) == [0] * n
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-    assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
+def test_several_processes_train_as_one_and_resume_as_any_number(script, argv, tmp_path):
+    for steps, n, more in ((4, 1, []), (2, 3, []), (3, 1, ["--resume"]), (4, 2, ["--resume"])):
+        out = tmp_path / ("one" if steps == 4 and n == 1 else "mixed")
+        argv_now = argv(script, "--steps", steps, *more, "--out", out)
+        assert in_processes(n, whole_run, script, argv_now) == [0] * n
+        assert json.loads((out / "config.json").read_text())["processes"] == n
+    assert_same_run(tmp_path / "one", tmp_path / "mixed")
     ids = torch.tensor([[1, 2, 3]])
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / out / "model") for out in ("one", "two")]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / out / "model") for out in ("one", "mixed")]
     assert type(models[1]).__name__ == "Qwen2ForCausalLM"
     torch.testing.assert_close(*[model(ids).logits for model in models], atol=1e-4, rtol=1e-4)
-    # in step 4 three processes share four problems
-    for steps, n, more in ((2, 2, []), (3, 1, ["--resume"]), (4, 3, ["--resume"])):
-        argv_now = [*argv, "--steps", steps, *more, "--out", tmp_path / "mixed"]
-        assert in_processes(n, whole_run, script, argv_now) == [0] * n
-    assert_same_run(tmp_path / "one", tmp_path / "mixed")
 
 
-def test_a_sharded_model_alone_is_the_plain_one(folder, rows_file, tmp_path):
+def test_a_sharded_model_alone_is_the_plain_one(argv, tmp_path):
     """One process in a group: sharded by FSDP2, sampled from for real, bit for bit."""
-    argv = [*argv_of("grpo_baseline", folder, rows_file), "--steps", 2, "--out"]
+    argv = [*argv("grpo_baseline", "--steps", 2), "--out"]
     assert in_processes(1, whole_run_for_real, "grpo_baseline", [*argv, tmp_path / "sharded"]) == [0]
     assert Child(whole_run_for_real, "grpo_baseline", [*argv, tmp_path / "plain"]).ended() == 0
-    one, two = ((tmp_path / run / "samples.jsonl").read_bytes() for run in ("sharded", "plain"))
-    assert one == two
-    assert_same_run(tmp_path / "plain", tmp_path / "sharded", digits=0)
-
-
-def test_a_process_without_a_held_out_row_waits_for_nobody(folder, rows_file, tmp_path):
-    one = write_rows(tmp_path / "one.jsonl", read_jsonl(rows_file)[:1])
-    argv = argv_of("sgpo", folder, rows_file, "--steps", 1, "--out", tmp_path / "run")
-    argv += ["--eval_dataset", one]
-    assert in_processes(2, whole_run_for_real, "sgpo", argv) == [0, 0]
-    metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len(metrics) == 2 and all(m["eval/accuracy"] in (0, 1) for m in metrics)
+    same_runs(tmp_path / "plain", tmp_path / "sharded")
 
 
 def greedy(sharded: bool, r: int):
@@ -240,16 +215,16 @@ def test_processes_draw_differently_and_the_first_as_one_alone():
     assert a != b and a == drawn(None)
 
 
-def dealt_and_gathered(n):
-    x = torch.arange(2 * n).view(n, 2)
-    share = common.my_share(x)
-    assert torch.equal(common.all_shares(share), x) and common.total(len(share), 1) == [n, 3]
-    return len(common.microbatches(range(len(share)), [9] * n, 1))
+def dealt_and_gathered(numbers):
+    for n in numbers:
+        x = torch.arange(2 * n).view(n, 2)
+        share = common.my_share(x)
+        assert torch.equal(common.all_shares(share), x) and common.total(len(share), 1) == [n, 3]
+        assert len(common.microbatches(range(len(share)), [9] * n, 1)) == -(-n // 3)
 
 
-@pytest.mark.parametrize("items", [2, 5, 7])
-def test_dealing_and_gathering(items):
-    assert in_processes(3, dealt_and_gathered, items) == [-(-items // 3)] * 3
+def test_dealing_and_gathering():
+    in_processes(3, dealt_and_gathered, [2, 5, 7])
 
 
 # ---- torchrun
@@ -261,11 +236,13 @@ def torchrun(n, script, *argv):
                             stderr=subprocess.PIPE, text=True, env=env)
 
 
-def test_torchrun_from_raw_rows_with_a_warm_up(folder, tmp_path):
+def test_torchrun_from_raw_rows_with_a_warm_up(model_dirs, tmp_path):
+    """A process without a held-out row waits for nobody."""
     rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
             for i in range(12)]
     data, run = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "run"
-    process = torchrun(2, "sgpo", "--model", folder, "--dataset", data, "--eval_dataset", data,
+    one = write_rows(tmp_path / "one.jsonl", rows[:1])
+    process = torchrun(2, "sgpo", "--model", model_dirs["qwen2"], "--dataset", data, "--eval_dataset", one,
                        "--eval_samples", 1, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2,
                        "--guided_group_size", 2, "--max_new_tokens", 30, "--warmup_epochs", 2,
                        "--strategy_candidates", 2, "--strategist_max_new_tokens", 8, "--out", run)
@@ -275,7 +252,8 @@ def test_torchrun_from_raw_rows_with_a_warm_up(folder, tmp_path):
     assert "strategies found" in said and "warm-up: 4 problems" in said
     assert len(read_jsonl(run / "strategies.jsonl")) == 8
     assert (run / "warmup" / "model.safetensors").exists() and (run / "model" / "model.safetensors").exists()
-    assert [m["step"] for m in read_jsonl(run / "metrics.jsonl")] == [0, 1]
+    metrics = read_jsonl(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1] and all(m["eval/accuracy"] in (0, 1) for m in metrics)
     assert len(read_jsonl(run / "samples.jsonl")) == 4
 
 
@@ -284,10 +262,9 @@ def rank_of(pid: int) -> int | None:
     return int(found[1]) if found else None
 
 
-def test_when_a_process_dies_all_end_and_one_says_so(folder, rows_file, tmp_path):
-    argv = argv_of("grpo_baseline", folder, rows_file, "--steps", 10 ** 6, "--save_every", 2,
-                   "--eval_every", 0)
-    process = torchrun(2, "grpo_baseline", *argv, "--out", tmp_path / "run")
+def test_when_a_process_dies_all_end_and_one_says_so(argv_of, tmp_path):
+    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", "--steps", 10 ** 6, "--save_every", 2,
+                                                    "--out", tmp_path / "run"))
     while not any((tmp_path / "run" / "checkpoints").glob("step_??????")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -304,10 +281,13 @@ def test_when_a_process_dies_all_end_and_one_says_so(folder, rows_file, tmp_path
     assert (whole / ".metadata").exists() and (whole / "about.json").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--top_p", 7], "--top_p is 7.0"), (["--prompts_per_step", 1], "--prompts_per_step 1 is too few for 2")])
-def test_refusals_are_said_once(flags, said, folder, rows_file, tmp_path):
-    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", folder, rows_file, *flags))
+def test_refusals_are_said_once(argv_of, tmp_path):
+    out = tmp_path / "run"
+    argv = argv_of("grpo_baseline", "--prompts_per_step", 1, "--out", out)
+    assert in_processes(2, whole_run_for_real, "grpo_baseline", argv, said=tmp_path / "said") == [2, 2]
+    said = "error: --prompts_per_step 1 is too few for 2 processes: raise it\n"
+    assert (tmp_path / "said.err").read_text() == said
+    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", "--top_p", 7, "--out", out))
     _, errors = process.communicate(timeout=120)
-    assert process.returncode != 0 and errors.count("error: ") == 1 and said in errors
-    assert "exitcode  : 2" in errors and not (tmp_path / "run").exists()
+    assert process.returncode != 0 and errors.count("error: ") == 1 and "--top_p is 7.0" in errors
+    assert "exitcode  : 2" in errors and not out.exists()
