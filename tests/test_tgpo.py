@@ -3,16 +3,15 @@ import functools
 import json
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import common
 import tgpo
-from conftest import read_jsonl, small_model, small_tokenizer, stripped, write_rows
+from conftest import (Successor, read_jsonl, same_runs, same_weights, small_model, small_tokenizer, stripped,
+                      write_rows)
 
 TRAINED = [g for g in tgpo.GUIDANCE if g != "none"]
 
@@ -162,15 +161,9 @@ def updated(guidance="tgpo", coef=0.3, lr=0.0, ends=SAME_END, teacher=None, rewa
 # ---- the teacher's pass
 
 def test_labels_are_shifted_right_and_begin_at_the_last_prompt_token():
-    """Of a model that puts all its mass on id + 1."""
-    head = torch.nn.Linear(50, 50, bias=False)
-    head.weight.data = 10 * torch.eye(50)
-    model = SimpleNamespace(
-        base_model=lambda input_ids, **_: SimpleNamespace(last_hidden_state=head.weight[input_ids + 1]),
-        device="cpu", modules=list, get_input_embeddings=lambda: head, get_output_embeddings=lambda: head)
     ids, mask = torch.tensor([[8, 30, 10], [4, 3, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     ro = tgpo.Rollout([[5, 6, 7], [1]], ids, mask, ~mask.any(1), ["", ""])
-    advice = teacher_of(model, args_of(), shared=50).advise(ro, [0, 1])
+    advice = teacher_of(Successor(), args_of(), shared=50).advise(ro, [0, 1])
     assert advice.labels[mask].tolist() == [8, 9, 31, 2, 5]  # what follows 7, 8, 30; 1, 4
     assert advice.agrees[mask].tolist() == [True, False, False, False, False]
     assert advice.logps[0, 0] > -1e-5 and advice.logps[0, 1] < -50
@@ -363,29 +356,24 @@ def pair(tmp_path_factory, model_dirs):
 
 
 @pytest.fixture
-def run(pair, rows_file, tmp_path, run_script):
-    """Run a script on the pair -> exit code; it writes to tmp_path / out."""
-    def started(*more, out="run", script="tgpo", model=pair[0], teacher=pair[1]):
+def run(pair, argv_of, tmp_path, run_script):
+    """Run tgpo.py on the pair -> the directory it writes to, tmp_path / out."""
+    def started(*more, out="run", teacher=pair[1], code=0):
         own = ["--teacher", teacher] if teacher else []
-        return run_script(script, "--model", model, *own, "--dataset", rows_file, "--out", tmp_path / out,
-                          "--reward", f"{rows_file.parent}/reward.py:even", "--steps", 2, "--lr", 1e-3,
-                          "--prompts_per_step", 3, "--group_size", 3, "--max_new_tokens", 8, *more)
+        argv = argv_of("grpo_baseline", *own, "--steps", 2, "--out", tmp_path / out, *more)
+        assert run_script("tgpo", *argv) == code
+        return tmp_path / out
     return started
 
 
-def equal_models(*folders):
-    first, *others = (load_file(folder / "model.safetensors") for folder in folders)
-    return all(torch.equal(first[k], other[k]) for other in others for k in first)
-
-
 @pytest.mark.parametrize("guidance", TRAINED)
-def test_other_widths_and_end_tokens_train(guidance, pair, tmp_path, run):
+def test_other_widths_and_end_tokens_train(guidance, pair, run):
     more = {"tgpo": ["--teacher_offload"], "tgpo-adv": ["--updates_per_rollout", 3]}
-    assert run("--guidance", guidance, *more.get(guidance, [])) == 0
-    metrics, (start, fall, _) = read_jsonl(tmp_path / "run" / "metrics.jsonl"), tgpo.GUIDANCE[guidance]
+    out = run("--guidance", guidance, *more.get(guidance, []))
+    metrics, (start, fall, _) = read_jsonl(out / "metrics.jsonl"), tgpo.GUIDANCE[guidance]
     assert all(np.isfinite(value) for m in metrics for value in m.values())
     assert [m["tgpo/coef"] for m in metrics] == pytest.approx([start, start - fall])
-    assert not equal_models(pair[0], tmp_path / "run" / "model")
+    assert not same_weights(pair[0], out / "model")
 
 
 @pytest.mark.parametrize("ends, own_end, others", [([257], 258, [258]), ([257, 258], 257, [])])
@@ -397,26 +385,26 @@ def test_the_ends_of_a_real_pair(ends, own_end, others, pair):
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
-def test_none_is_grpo_to_the_bit(tmp_path, run):
+def test_none_is_grpo_to_the_bit(run, train):
     flags = ["--top_p", 0.9, "--clip_high", 0.3, "--loss_type", "grpo", "--warmup_frac", 0]
-    assert run(*flags, script="grpo_baseline", teacher=None, out="grpo") == 0
-    assert run(*flags, "--guidance", "none", teacher=None, out="alone") == 0
-    assert run(*flags, "--guidance", "none", out="none") == 0
-    outs = [tmp_path / out for out in ("grpo", "alone", "none")]
-    grpo, alone, none = (stripped(read_jsonl(out / "metrics.jsonl")) for out in outs)
-    assert equal_models(*(out / "model" for out in outs)) and none[0]["tgpo/coef"] == 0
-    assert grpo == alone == [{k: v for k, v in m.items() if not k.startswith("tgpo/")} for m in none]
+    grpo, none = train("grpo_baseline", *flags, "--steps", 2, out="grpo"), ["--guidance", "none"]
+    same_runs(grpo, run(*flags, *none, teacher=None, out="alone"))
+    measured = run(*flags, *none, out="none")
+    base, metrics = (stripped(read_jsonl(out / "metrics.jsonl")) for out in (grpo, measured))
+    assert base == [{k: v for k, v in m.items() if not k.startswith("tgpo/")} for m in metrics]
+    assert same_weights(grpo / "model", measured / "model") and metrics[0]["tgpo/coef"] == 0
 
 
-def test_resume_equals_one_long_run(rows_file, tmp_path, run):
+def test_resume_equals_one_long_run(rows_file, run):
     flags = ["--guidance", "tgpo-sampled", "--eval_dataset", rows_file, "--eval_every", 1]
-    assert run(*flags, "--steps", 1, out="two") == run(*flags, "--resume", out="two") == 0
-    assert run(*flags, out="whole") == 0 and equal_models(tmp_path / "two/model", tmp_path / "whole/model")
-    two, whole = (stripped(read_jsonl(tmp_path / out / "metrics.jsonl")) for out in ("two", "whole"))
-    assert two == whole and len(whole) == 3 and all("eval/accuracy" in m for m in whole)
+    run(*flags, "--steps", 1, out="two")
+    whole = run(*flags, out="whole")
+    same_runs(run(*flags, "--resume", out="two"), whole)
+    metrics = read_jsonl(whole / "metrics.jsonl")
+    assert len(metrics) == 3 and all("eval/accuracy" in m for m in metrics)
 
 
-def test_measured_divergence_by_hand(pair, tmp_path, run, monkeypatch):
+def test_measured_divergence_by_hand(pair, run, monkeypatch):
     """One rollout ends early, one has a token that the teacher would write."""
     models, ends = [common.load_model(str(folder)).cpu() for folder in pair], (257, 258)
     sampled, ros = tgpo.rollout, []
@@ -429,29 +417,28 @@ def test_measured_divergence_by_hand(pair, tmp_path, run, monkeypatch):
 
     monkeypatch.setattr(tgpo, "rollout", rollout)
     flags = ["--measure_divergence", 11, "--microbatch_tokens", 150, "--guidance", "reverse-kl", "--topk", 3]
-    assert run(*flags, out="one") == run(*flags, out="again") == 0
+    out, _ = run(*flags), run(*flags, out="again")
     assert torch.equal(ros[0].completions, ros[1].completions)  # --seed decides
     ro, found = ros[0], []
     for prompt, ids, mask, truncated in zip(ro.prompts, ro.completions, ro.mask, ro.truncated):
         *row, _ = by_hand(*models, prompt, ids[mask].tolist(), ends)
         found.append([*[x.mean() for x in row], mask.sum(), truncated])
-    report = json.loads((tmp_path / "one" / "divergence.json").read_text())
+    report = json.loads((out / "divergence.json").read_text())
     names = "teacher_nll reverse_kl_k1 student_more_confident mismatch reverse_kl length truncated".split()
     for name, values in zip(names, torch.tensor(found).T, strict=True):
         wanted = {"mean": values.mean().item(), "standard_error": values.std().item() / 11 ** 0.5}
         assert report[name] == pytest.approx(wanted, abs=1e-4) and wanted["standard_error"] > 0, name
-    assert len(found) == 11 and not (tmp_path / "one" / "model").exists()  # nothing was trained
+    assert len(found) == 11 and not (out / "model").exists()  # nothing was trained
 
 
 # ---- refusals
 
 @pytest.fixture
-def refused(tmp_path, run, capsys):
+def refused(run, capsys):
     def said(*more, **where):
-        assert run(*more, **where) == 2
+        assert not run(*more, code=2, **where).exists()
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1, error
-        assert not (tmp_path / "run").exists()
         return error
     return said
 
@@ -478,7 +465,7 @@ def test_a_wrong_pair_is_refused_before_any_weight_is_loaded(pair, tmp_path, ref
     theirs.chat_template = "</think>" + theirs.chat_template
     theirs.save_pretrained(other)  # but not in a prompt
     said = "cannot read the prompts: it has no token 260, '</think>' to the student"
-    assert said in refused(model=other, teacher=pair[0])
+    assert said in refused("--model", other, teacher=pair[0])
     state, names = json.loads((other / "tokenizer.json").read_text()), mine.convert_ids_to_tokens(range(99))
     state["model"]["vocab"] |= {names[70]: 90, names[90]: 70}
     (other / "tokenizer.json").write_text(json.dumps(state))
