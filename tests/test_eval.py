@@ -10,7 +10,7 @@ import torch
 
 import common
 import eval_math
-from conftest import Child, read_jsonl, small_tokenizer, write_rows
+from conftest import Child, read_jsonl, small_tokenizer, whole_run_for_real, write_rows
 from eval_math import bootstrap_interval, majority, pass_at_k, vote
 
 
@@ -189,8 +189,7 @@ def killed_in_its_third_write(argv: list):
             os.kill(os.getpid(), signal.SIGKILL)
 
     eval_math.write_jsonl = write
-    sys.argv = ["eval_math.py", *map(str, argv)]
-    eval_math.main()
+    whole_run_for_real("eval_math", argv)
 
 
 def test_resumed_from_anywhere_equals_uninterrupted(evaluate, file, tmp_path):

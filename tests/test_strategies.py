@@ -16,7 +16,7 @@ import torch
 
 import common
 import sgpo
-from conftest import Child, read_jsonl, small_model, small_tokenizer, write_rows
+from conftest import Child, read_jsonl, small_model, small_tokenizer, whole_run_for_real, write_rows
 
 # ---- reading a strategist's answers
 
@@ -267,17 +267,11 @@ def test_the_key_and_no_other_token_is_sent(key, sent, extract, monkeypatch):
     assert ("OPENAI_API_KEY" in said) == (sent is None) and "cl\u00e9" not in said and "\\xe9" not in said
 
 
-def sgpo_main(*argv) -> int:
-    sys.argv = ["sgpo.py", *map(str, argv)]
-    sgpo.main()
-    return 0
-
-
 def test_killed_and_stopped_and_resumed_it_asks_for_the_rest(extract, flags, tmp_path):
     file = tmp_path / "run" / "strategies.jsonl"
     with Server(delay=0.02) as server:
-        run = Child(sgpo_main, *flags, "--strategist", server.url, "--strategist_model", "strong",
-                    "--strategist_threads", 2, OPENAI_API_KEY=KEY)
+        argv = [*flags, "--strategist", server.url, "--strategist_model", "strong", "--strategist_threads", 2]
+        run = Child(whole_run_for_real, "sgpo", argv, OPENAI_API_KEY=KEY)
         while run.process.is_alive() and server.requests < 20:
             time.sleep(0.005)
         run.process.kill()
