@@ -192,27 +192,20 @@ def test_a_sharded_model_alone_is_the_plain_one(argv, tmp_path):
     same_runs(tmp_path / "plain", tmp_path / "sharded")
 
 
-def greedy(sharded: bool, r: int):
-    """Prompts and numbers of tokens that differ between the processes."""
-    model, tokenizer = small_model(), small_tokenizer()
-    model = common.shard(model, bf16=False) if sharded else model
-    r = common.rank() if sharded else r
+def sampled(r: int | None = None):
+    """Greedy tokens, of prompts and in numbers that differ between the processes; random numbers."""
+    model = small_model() if r is not None else common.shard(small_model(), bf16=False)
+    r = common.rank() if r is None else r
     prompts = [[5, 6, 7][:r + 1], [9, 8, 7, 6]][:2 - r]
-    return common.complete(model, tokenizer, prompts, 5 + 6 * r, 0.0, 1.0, 100)[0].tolist()
-
-
-def test_each_process_samples_from_the_whole_model_at_its_own_pace():
-    assert in_processes(2, greedy, True, 0) == [greedy(False, 0), greedy(False, 1)]
-
-
-def drawn(_):
+    ids = common.complete(model, small_tokenizer(), prompts, 5 + 6 * r, 0.0, 1.0, 100)[0]
     common.seed_everything(3, "step", 4)
-    return torch.rand(3).tolist()
+    return ids.tolist(), torch.rand(3).tolist()
 
 
-def test_processes_draw_differently_and_the_first_as_one_alone():
-    a, b = in_processes(2, drawn, None)
-    assert a != b and a == drawn(None)
+def test_each_process_samples_from_the_whole_model_at_its_own_pace_with_draws_of_its_own():
+    (ids, drawn), (other_ids, other_drawn) = in_processes(2, sampled)
+    assert [ids, other_ids] == [sampled(0)[0], sampled(1)[0]]
+    assert drawn == sampled(0)[1] != other_drawn  # the first draws as one alone
 
 
 def dealt_and_gathered(numbers):

@@ -163,10 +163,12 @@ def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(train, m
 
 # ---- resume
 
-def test_resume_with_more_steps_equals_one_long_run(train):
+def test_resume_with_more_steps_and_a_config_json_as_a_flag_file_repeat_a_run(train, tmp_path, run_script):
     train("grpo_baseline", "--steps", 2, out="two")
-    same_runs(train("grpo_baseline", "--steps", 4, "--resume", out="two"),
-              train("grpo_baseline", "--steps", 4, out="four"))
+    whole = train("grpo_baseline", "--steps", 4, out="whole")
+    same_runs(train("grpo_baseline", "--steps", 4, "--resume", out="two"), whole)
+    assert run_script("grpo_baseline", whole / "config.json", "--out", tmp_path / "again") == 0
+    same_runs(tmp_path / "again", whole)
 
 
 def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(tmp_path, train):
@@ -186,16 +188,10 @@ def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(tmp_path, 
     same_runs(run, whole)
 
 
-def test_config_json_as_a_flag_file_repeats_the_run(tmp_path, train, run_script):
-    a, b = train("grpo_baseline", "--steps", 2, out="a"), tmp_path / "b"
-    assert run_script("grpo_baseline", a / "config.json", "--out", b) == 0
-    same_runs(a, b)
-
-
 # ---- kills
 
 def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path):
-    argv = argv_of("sgpo", "--steps", 12, "--save_every", 1, "--eval_dataset", rows_file, "--eval_every", 3,
+    argv = argv_of("sgpo", "--steps", 8, "--save_every", 1, "--eval_dataset", rows_file, "--eval_every", 3,
                    "--eval_samples", 1)
     Child(int).ended()  # the server of forks has started
     began = time.time()
@@ -210,8 +206,8 @@ def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path)
         child.process.kill()
         kills += child.ended() == -9
         reached |= {p.name for p in broken.glob("checkpoints/*")}
-        if (broken / "checkpoints" / "step_000010").exists():  # nearly through: make it young again
-            for step in range(5, 13):
+        if (broken / "checkpoints" / "step_000007").exists():  # nearly through: make it young again
+            for step in range(3, 9):
                 shutil.rmtree(broken / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
     again = ["--resume"] if common.has_begun(broken) else []
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again]).ended() == 0
