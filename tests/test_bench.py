@@ -24,7 +24,7 @@ SAME_AS_ANOTHER = {  # at toy shapes
 
 def command(parts: dict, *flags) -> None:
     """The command with these parts, in a process that has imported all it needs."""
-    gpu.PARTS = parts
+    gpu.PARTS, common.DEMO_STEPS = parts, 2
     sys.argv = ["gpu.py", *map(str, flags)]
     gpu.main()
 
@@ -38,7 +38,8 @@ def tables_of(text: str) -> dict[str, list[list[str]]]:
 
 def test_every_part_leaves_its_rows_and_the_tables_have_no_hole(tmp_path):
     parts = {part: how for part, how in gpu.PARTS.items() if part not in SAME_AS_ANOTHER}
-    assert Child(command, parts, "--out", tmp_path, said=tmp_path / "said").ended(240) == 0
+    child = Child(command, parts, "--out", tmp_path, said=tmp_path / "said", XDG_CACHE_HOME=str(tmp_path))
+    assert child.ended(240) == 0
     lines = {line["part"]: line for line in read_jsonl(tmp_path / "results.jsonl")}
     failed = {part: line["message"] for part, line in lines.items() if not line["ok"]}
     assert list(lines) == list(parts) and all(line["rows"] for line in lines.values())

@@ -89,10 +89,11 @@ def test_a_fork_trains(name, folder, model_dirs, tmp_path, run_script, monkeypat
 
 
 @pytest.mark.parametrize("name", ["luffy", "hpt"])
-def test_a_row_without_a_solution_is_refused(name, folder, tmp_path, run_script, monkeypatch, capsys):
+def test_a_row_without_a_solution_is_refused(name, folder, model_dirs, tmp_path, run_script, monkeypatch,
+                                             capsys):
     monkeypatch.syspath_prepend(folder)
     rows = write_rows(tmp_path / "rows.jsonl", [{"problem": "p", "answer": "1", "id": "seven"}])
-    assert run_script(name, "--dataset", rows, "--out", tmp_path / "run") == 2
+    assert run_script(name, "--model", model_dirs["qwen2"], "--dataset", rows, "--out", tmp_path / "run") == 2
     assert "1 rows have no solution" in (said := capsys.readouterr().err) and "id seven" in said
     assert not (tmp_path / "run").exists()
 
