@@ -211,9 +211,15 @@ def theirs(config: Config, folder: Path, steps: int, lean: bool) -> list[dict]:
 
 
 def child(who: str, name: str, folder: Path, steps: int) -> None:
-    """One contestant, in this process: its steps but the first, and its peak, as the last line of stdout."""
+    """One contestant, in this process: its steps but the first, and its peak, as the last line of stdout.
+
+    Or `build`: the model, which takes memory, too.
+    """
     import common
     config = ALL[name]
+    if who == "build":
+        build(config, folder)
+        return print("{}")
     rows = ours(config, folder, steps) if who == "ours" else theirs(config, folder, steps, who == "trl lean")
     rows = [{key: row[key] for key in ("rollout", "train", "total", "real")} for row in rows[1:]]
     print(json.dumps({"steps": rows, "peak": common.peak_memory_gb() * 2 ** 30}))
@@ -240,7 +246,7 @@ def compare(name: str, steps: int, repeats: int, contestants: list[str]) -> dict
     """The medians of each contestant; they take turns. Without trl only ours."""
     contestants = contestants if importlib.util.find_spec("trl") else ["ours"]
     with tempfile.TemporaryDirectory() as folder:
-        build(ALL[name], Path(folder))
+        in_a_process("build", name, folder, "0")  # a process begins with its parent's memory as its peak
         parts = {who: [] for who in contestants}
         for _ in range(repeats):
             for who in contestants:
@@ -251,9 +257,8 @@ def compare(name: str, steps: int, repeats: int, contestants: list[str]) -> dict
 def main() -> None:
     import common
     parser = argparse.ArgumentParser(description=__doc__,
-     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", nargs="*",
-                        help=f"of {', '.join(ALL)}; default: the device's")
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", nargs="*", help=f"of {', '.join(ALL)}; default: the device's")
     parser.add_argument("--steps", type=int, default=5, help="a process; the first is not counted")
     parser.add_argument("--repeats", type=int, default=2, help="how often the contestants take turns")
     parser.add_argument("--contestants", nargs="*", default=["ours", "trl", "trl lean"])
