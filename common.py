@@ -2033,7 +2033,7 @@ def build_demo_teacher(folder: Path, words: bool) -> None:
 
 def _built_once(name: str, build: Callable[..., None], *recipe: Any) -> Path:
     """Directory of a built-in model, made at the first call and kept under a name made of how it is made."""
-    _, section, *_ = re.split("\n# -+ the (?:built-in demo|math grader)\n", Path(__file__).read_text())
+    _, section, *_ = re.split("\n# -+ the (?:built-in demo|math grader)\n", Path(__file__).read_text("utf-8"))
     source = section + inspect.getsource(build_prompt) + repr((recipe, DEMO_STEPS, DEMO_TEACHER_STEPS))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
