@@ -149,7 +149,8 @@ def stop_asked() -> bool:
 
 def long_work(total: int, what: str, unit: str, done: int = 0) -> tqdm:
     """A progress bar, on the first process's terminal. From here on a stop waits for what is to be saved."""
-    Stop.can_wait, hidden = True, None if rank() == 0 else True  # None: where there is no terminal
+    Stop.can_wait = True
+    hidden = True if rank() else None  # None: only where there is no terminal
     Progress.bar = tqdm(total=total, initial=done, desc=what, unit=unit, disable=hidden)
     return Progress.bar
 
@@ -1711,6 +1712,7 @@ class StrategistFlags(RunFlags):
 
 
 def check_strategist(args: StrategistFlags) -> None:
+    """Refuse an endpoint that cannot be asked, before anything is loaded."""
     is_url = bool(re.match("https?://", args.strategist or ""))
     if is_url and re.search("[@?#]", args.strategist):
         refuse("--strategist: take the key or password out of the address and put it into the environment "
