@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # optional; tests that want it skip
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start; small models' threads would wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +148,6 @@ def _start_forks() -> None:
 
 def _work(work, args, env, said, answer) -> None:
     os.environ |= env
-    torch.set_num_threads(1)
     for fd, name in ((1, said), (2, said if said == os.devnull else f"{said}.err")):
         with open(name, "a") as file:
             os.dup2(file.fileno(), fd)

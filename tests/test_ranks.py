@@ -223,10 +223,9 @@ def test_dealing_and_gathering():
 # ---- torchrun
 
 def torchrun(n, script, *argv):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone"]
     return subprocess.Popen([*command, str(ROOT / f"{script}.py"), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=env)
+                            stderr=subprocess.PIPE, text=True)
 
 
 def test_torchrun_from_raw_rows_with_a_warm_up(model_dirs, tmp_path):
