@@ -197,12 +197,13 @@ def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path)
     began = time.time()
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
     whole, draw, kills, reached, broken = time.time() - began, random.Random(0), 0, set(), tmp_path / "broken"
-    while kills < 20:
+    while kills < 20 or len(reached) < 6:  # the kills come all along the way
         if (broken / "model").exists():  # it came to its end: begin anew
             shutil.rmtree(broken)
         again = ["--resume"] if common.has_begun(broken) else []
         child = Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again], said=tmp_path / "said")
         time.sleep(draw.uniform(0.1, 0.5 * whole))
+        whole *= 1.03  # the machine may have become slower
         child.process.kill()
         kills += child.ended() == -9
         reached |= {p.name for p in broken.glob("checkpoints/*")}
@@ -211,7 +212,6 @@ def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path)
                 shutil.rmtree(broken / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
     again = ["--resume"] if common.has_begun(broken) else []
     assert Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again]).ended() == 0
-    assert len(reached) > 5, reached  # the kills came all along the way
     same_runs(tmp_path / "whole", broken)
 
 
