@@ -1,6 +1,6 @@
 """What the scripts share: flags, rows, prompts, models, rollouts, log-probs, run directory, demo, grader.
 
-Nothing here knows any algorithm: advantages, losses and their equations stand in the scripts.
+Advantages, losses and their equations stand in the scripts.
 Letters: N rows (problems x samples), P prompt, C completion, T = P + C, V vocabulary, M completion tokens,
 d hidden size.
 """
@@ -70,12 +70,12 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")  # its new 
 
 # ---------------------------------------------------------------- programs: how they begin, stop and refuse
 
-def refuse(message: str, alone: bool = False) -> NoReturn:
+def refuse(message: str, any_rank: bool = False) -> NoReturn:
     """Every input that is not accepted ends here: one line on stderr, exit code 2, no traceback.
 
-    Of several processes that all come here the first says it; `alone`: only this one comes here.
+    Where all processes come here the first one says it. `any_rank`: whichever comes here.
     """
-    if rank() == 0 or alone:
+    if rank() == 0 or any_rank:
         print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
     if Run.new and not has_begun(Run.new):  # what has done nothing leaves nothing
         shutil.rmtree(Run.new)
@@ -110,7 +110,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (torch.OutOfMemoryError, MemoryError):  # never retried: FSDP2 is broken after half a backward
             refuse("out of memory: lower --microbatch_tokens (training) or --generation_batch_size "
-                   "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", alone=True)
+                   "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", any_rank=True)
         except BrokenPipeError:  # python sgpo.py | head
             os._exit(1)
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
@@ -118,9 +118,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             name = getattr(error, "filename", None) or "--out"
             if full:
                 refuse(f"{name}: cannot be written ({full[0]}); what was saved before is whole: make room "
-                       "and go on from it", alone=True)
+                       "and go on from it", any_rank=True)
             if isinstance(error, OSError) and error.filename:
-                refuse(f"{name}: cannot be used ({error.strerror})", alone=True)
+                refuse(f"{name}: cannot be used ({error.strerror})", any_rank=True)
             if world() > 1 and re.search("(?i)gloo|nccl|connection|peer", str(error)):
                 refuse("another process has died; its own message says why. --resume goes on")
             raise
@@ -230,7 +230,11 @@ class Sums(Counter):
         return whole
 
     def metrics(self, norms: list[float | None]) -> dict[str, float]:
-        """An update's metrics by TRL's names. `norms`: what each `optimizer_step` gave."""
+        """An update's metrics by TRL's names. `norms`: what each `optimizer_step` gave.
+
+        Of these sums: loss, entropy, clipped and scored (tokens) are the script's, tokens and padded
+        those of `microbatches`.
+        """
         taken = [norm for norm in norms if norm is not None and np.isfinite(norm)]
         metrics = {"loss": self["loss"] / len(norms), "grad_norm": sum(taken) / max(len(taken), 1),
                    "updates": len(taken), "nonfinite_updates": len(norms) - norms.count(None) - len(taken),
@@ -271,7 +275,7 @@ def flag(default: Any, help: str, values: str | None = None) -> Any:
 @dataclass
 class DataFlags:
     """model, data and run directory"""
-    model: str = flag("demo", "hub id or local directory; demo: the built-in tiny model")
+    model: str = flag("demo", "hub id or local directory; demo: tiny, built in, with flags of its own")
     dataset: str = flag(None, f"JSONL, parquet or hub data set (default: the demo's, else {DEFAULT_DATASET})")
     eval_dataset: str = flag(None, "held-out problems, same layouts (the demo has its own)")
     max_rows: int = flag(8500, "rows drawn from a larger data set, by the seed; 0: all", "[0, inf)")
@@ -281,28 +285,28 @@ class DataFlags:
     out: str = flag(None, "run directory (default: a new one under runs/)")
     resume: bool = flag(False, "go on with the run in --out from its newest checkpoint")
     dry_run: bool = flag(False, "print the plan and stop")
-    seed: int = flag(0, "seed of everything: problem order and sampling", "[0, inf)")
+    seed: int = flag(0, "seed of all random numbers", "[0, inf)")
 
 
 @dataclass
 class WarmupFlags(DataFlags):
     """SFT warm-up"""
-    warmup_frac: float = flag(0.33, "share of the solved problems that are for it and not for RL", "[0, 1]")
+    warmup_frac: float = flag(0.33, "share of the problems with solutions that it takes from RL", "[0, 1]")
     warmup_lr: float = flag(1e-5, "AdamW learning rate at its highest", "[0, inf)")
-    warmup_batch_size: int = flag(64, "solutions a step", "[1, inf)")
+    warmup_batch_size: int = flag(64, "solutions per step", "[1, inf)")
     warmup_epochs: int = flag(10, "epochs; the one with the lowest validation loss is kept", "[1, inf)")
 
 
 @dataclass
 class RunFlags(WarmupFlags):
     """memory, evaluation and saving"""
-    microbatch_tokens: int = flag(16384, "padded tokens a training pass; changes no gradient", "[1, inf)")
+    microbatch_tokens: int = flag(16384, "padded tokens per training pass; changes no gradient", "[1, inf)")
     generation_batch_size: int = flag(192, "completions written at once", "[1, inf)")
     activation_checkpointing: bool = flag(None, "recompute activations (default: if the card is small)")
     cpu_offload: bool = flag(None, "weights and optimizer in CPU memory (default: if the card is too small)")
     bf16: bool = flag(None, "compute in bf16 on fp32 weights (default: on a GPU)")
     eval_every: int = flag(50, "steps between held-out evaluations; 0: only first and last", "[0, inf)")
-    eval_samples: int = flag(4, "samples a held-out problem", "[1, inf)")
+    eval_samples: int = flag(4, "samples per held-out problem", "[1, inf)")
     eval_temperature: float = flag(0.6, "sampling temperature of the evaluation (the papers')", "[0, inf)")
     save_every: int = flag(50, "steps between checkpoints; 0: only the last", "[0, inf)")
     keep_checkpoints: int = flag(2, "newest checkpoints kept", "[1, inf)")
@@ -310,6 +314,16 @@ class RunFlags(WarmupFlags):
 
     def __post_init__(self) -> None:
         self.bf16 = ON_GPU if self.bf16 is None else self.bf16
+
+
+@dataclass
+class StrategistFlags(RunFlags):
+    """strategist"""
+    strategist: str = flag(None, "hub id, directory, URL of a chat endpoint, or none (default: --model)")
+    strategist_model: str = flag(None, "the endpoint's model; its key is read from OPENAI_API_KEY")
+    strategist_max_new_tokens: int = flag(2048, "longest answer; more for one that thinks first", "[1, inf)")
+    strategist_threads: int = flag(16, "requests to the endpoint at the same time", "[1, inf)")
+    strategist_timeout: float = flag(600, "seconds to wait for an answer of the endpoint", "(0, inf)")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -682,13 +696,13 @@ def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = Non
             model_path(name, flag), config=config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         why = first_line(error)
-        refuse(f"{flag} {name}: no causal language model can be loaded from it ({why})", alone=True)
+        refuse(f"{flag} {name}: no causal language model can be loaded from it ({why})", any_rank=True)
     model.to(device)
     inputs = {"input_ids": torch.arange(8, device=model.device)[None] % config.get_text_config().vocab_size}
     training, sampling = (model.train(mode)(**inputs).logits.float() for mode in (True, False))
     ours = model.get_output_embeddings()(model.base_model(**inputs).last_hidden_state).float()
     if not sampling.isfinite().all():
-        refuse(f"{flag} {name}: its weights are not finite", alone=True)
+        refuse(f"{flag} {name}: its weights are not finite", any_rank=True)
     if not torch.allclose(ours, sampling, rtol=1e-3, atol=1e-3):
         refuse(f"{flag} {name}: not supported, {type(model).__name__} changes its logits after lm_head")
     if not torch.allclose(training, sampling, rtol=1e-3, atol=1e-3):
@@ -817,7 +831,7 @@ def choose_memory(args: Any, card: float | None = None) -> str:
         args.activation_checkpointing = need > card / 4
     if args.cpu_offload is None:
         args.cpu_offload = need > 0.75 * card
-    line = f"{need / 1e9:.3g} GB a process for {parameters / 1e6:,.4g}M weights, gradients, Adam, bf16 copy"
+    line = f"{need / 1e9:.3g} GB per process for {parameters / 1e6:,.4g}M weights, gradients, Adam, bf16 copy"
     line += f"; the card has {card / 1e9:.3g} GB" if card < float("inf") else ""
     chosen = [f"; --{name}" for name in ("activation_checkpointing", "cpu_offload") if getattr(args, name)]
     return line + "".join(chosen)
@@ -852,7 +866,7 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
         for first in range(0, len(prompts), at_once):
             rows = slice(first, first + at_once)
             if not (parts and Stop.asked):
-                parts.append(_write(model, prompts[rows], draws[rows], eos, pad, temperature, top_p))
+                parts.append(in_pieces(model, prompts[rows], draws[rows], eos, pad, temperature, top_p))
     finally:
         model.train(training)
         model.generation_config = own
@@ -863,8 +877,8 @@ def generate(model, tokenizer, prompts: list[list[int]], max_new_tokens: int, te
     return out
 
 
-def _write(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: int, temperature: float,
-           top_p: float) -> Tensor:
+def in_pieces(model, prompts: list[list[int]], draws: Tensor, eos: list[int], pad: int, temperature: float,
+              top_p: float) -> Tensor:
     """transformers' generate, called in pieces -> ids [n, C].
 
     A call ends when a tenth of its rows have ended. These leave, and the next call goes on with the cache of
@@ -1021,17 +1035,17 @@ CHUNK = 2 ** 26 if ON_GPU else 2 ** 23  # logits at once: 256 MiB in fp32, or 32
 
 
 def over_vocabulary(fn: Callable[..., tuple[Tensor, ...]], model, hiddens: Sequence[Tensor],
-                    per_token: Sequence[Tensor] = (), temperature: float = 1.0) -> tuple[Tensor, ...]:
-    """fn(*logits, *per_token) -> tensors [m], by chunks of m tokens, so that no [M, V] tensor ever exists.
+                    extra: Sequence[Tensor] = (), temperature: float = 1.0) -> tuple[Tensor, ...]:
+    """fn(*logits, *extra) -> tensors [m], by chunks of m tokens, so that no [M, V] tensor ever exists.
 
     `hiddens` are [M, d] each; their logits [m, V] are fp32, divided by the temperature, and computed again in
-    backward. Gradients go to hiddens and head, not to `per_token` or what `fn` brings along.
+    backward. Gradients go to hiddens and head, not to `extra` or what `fn` brings along.
     """
     head, kind = model.get_output_embeddings(), hiddens[0].device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     settings = temperature, max(CHUNK // head.weight.shape[0], 1), dtype, len(hiddens)
     with torch.autocast(kind, enabled=False):
-        return OverVocabulary.apply(fn, settings, head.weight, head.bias, *hiddens, *per_token)
+        return OverVocabulary.apply(fn, settings, head.weight, head.bias, *hiddens, *extra)
 
 
 class OverVocabulary(torch.autograd.Function):
@@ -1099,15 +1113,15 @@ def log_prob_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_values(fn: Callable[..., tuple[Tensor, ...]], model, prompts: list[list[int]], completions: Tensor,
-                 mask: Tensor, told: Sequence[Tensor], temperature: float,
+                 mask: Tensor, extra: Sequence[Tensor], temperature: float,
                  other_hidden: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """fn(*other logits, logits, *told) of every real completion token -> [n, C] each, 0 where mask is False.
+    """fn(*other logits, logits, *extra) of every real completion token -> [n, C] each, 0 where mask is False.
 
-    `told` [M, ...] are what else fn takes of each token; `other_hidden` [M, d] have logits by the same head.
+    `extra` [M, ...] are what else fn takes of each token; `other_hidden` [M, d] have logits by the same head.
     """
     def forward() -> tuple[Tensor, ...]:
         hidden = completion_hidden(model, prompts, completions, mask)
-        return over_vocabulary(fn, model, [*other_hidden, hidden], told, temperature)
+        return over_vocabulary(fn, model, [*other_hidden, hidden], extra, temperature)
 
     found = as_forward(model, forward)
     return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in found)
@@ -1116,8 +1130,8 @@ def token_values(fn: Callable[..., tuple[Tensor, ...]], model, prompts: list[lis
 def completion_logps(model, prompts: list[list[int]], completions: Tensor, mask: Tensor,
                      temperature: float) -> tuple[Tensor, Tensor]:
     """log pi(token) and entropy [n, C] of every real completion token, 0 where the mask is False."""
-    told = [completions[mask]]
-    return token_values(log_prob_and_entropy, model, prompts, completions, mask, told, temperature)
+    extra = [completions[mask]]
+    return token_values(log_prob_and_entropy, model, prompts, completions, mask, extra, temperature)
 
 
 # ---------------------------------------------------------------- SFT warm-up
@@ -1127,7 +1141,7 @@ def solution_ids(tokenizer, row: dict) -> list[int]:
     return tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def warmup_split(rows: list[dict], tokenizer, score: Score, args: Any) -> tuple[list, list]:
+def warmup_split(rows: list[dict], tokenizer, reward: Reward, args: Any) -> tuple[list, list]:
     """--warmup_frac of the rows with a solution, drawn by the seed, and the rows of all other problems.
 
     Only what RL would reward is taught: no solution that is longer than --max_new_tokens (a model taught to
@@ -1141,7 +1155,7 @@ def warmup_split(rows: list[dict], tokenizer, score: Score, args: Any) -> tuple[
             break
         if len(solution_ids(tokenizer, row)) > args.max_new_tokens:
             left_out["longer than --max_new_tokens"] += 1
-        elif score([row["solution"]], [row])[0] < 0.5:
+        elif reward([row["solution"]], [row])[0] < 0.5:
             left_out["wrong to the reward"] += 1
         else:
             taken.append(row)
@@ -1237,10 +1251,10 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
 
 # ---------------------------------------------------------------- rewards
 
-Score = Callable[[list[str], list[dict]], Tensor]  # responses and rows -> rewards [N]; correct from 0.5 on
+Reward = Callable[[list[str], list[dict]], Tensor]  # responses, rows -> rewards [N]; 0.5 or more is correct
 
 
-def load_reward(spec: str | None) -> Score:
+def load_reward(spec: str | None) -> Reward:
     """What scores responses: the math grader (1.0 or 0.0), or a FILE.py:function of (response, row)."""
     if spec is None:
         return lambda texts, rows: torch.tensor(grade_batch(texts, [row["answer"] for row in rows]))
@@ -1255,23 +1269,23 @@ def load_reward(spec: str | None) -> Score:
     except BaseException as error:  # also SystemExit
         refuse(f"--reward {spec}: {type(error).__name__}: {error}")
 
-    def score(texts: list[str], rows: list[dict]) -> Tensor:
+    def reward(texts: list[str], rows: list[dict]) -> Tensor:
         values = []
         for text, row in zip(texts, rows, strict=True):
             try:
                 values.append(float(function(text, dict(row))))
             except BaseException as error:  # also SystemExit
-                refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}", alone=True)
+                refuse(f"--reward failed on row {row['id']}: {type(error).__name__}: {error}", any_rank=True)
             if not abs(values[-1]) <= 1e6:
-                refuse(f"--reward gave {values[-1]} on row {row['id']}, not from -1e6 to 1e6", alone=True)
+                refuse(f"--reward gave {values[-1]} on row {row['id']}, not from -1e6 to 1e6", any_rank=True)
         return torch.tensor(values)
 
-    return score
+    return reward
 
 
-def held_out_accuracy(model, tokenizer, rows: list[dict], score: Score, args: Any,
+def held_out_accuracy(model, tokenizer, rows: list[dict], reward: Reward, args: Any,
                       guided: bool = False) -> dict[str, float]:
-    """Share of right answers, --eval_samples a row at --eval_temperature, as a metric; {} without rows.
+    """Share of right answers, --eval_samples per row at --eval_temperature, as a metric; {} without rows.
 
     `guided`: with the row's strategy in the prompt; {} where a row has none.
     """
@@ -1283,7 +1297,7 @@ def held_out_accuracy(model, tokenizer, rows: list[dict], score: Score, args: An
                             row["strategy"] if guided else None) for row in mine]
     *_, texts = complete(model, tokenizer, prompts, args.max_new_tokens, args.eval_temperature, args.top_p,
                          args.generation_batch_size)
-    right = (score(texts, mine) >= 0.5).sum()
+    right = (reward(texts, mine) >= 0.5).sum()
     grader_counts()  # belongs to no step
     right, n = total(right, len(mine))
     return {"eval/accuracy_guided" if guided else "eval/accuracy": right / n}
@@ -1302,7 +1316,7 @@ class Run:
                      "activation_checkpointing microbatch_tokens generation_batch_size".split())
     MAX_NONFINITE = 5  # steps in a row
     new = None  # the directory, where this process has made it
-    stopped = staticmethod(stop_asked)  # has a stop cut the rollout off? then this step has not been
+    stopped = staticmethod(stop_asked)  # has a stop cut the rollout short? then the step is discarded
 
     def __init__(self, args: Any):
         """Check `--out` and write nothing yet: what is refused later must leave no trace."""
@@ -1320,13 +1334,14 @@ class Run:
         self.config = {"script": script, "flags": dataclasses.asdict(args), "command": sys.argv, **versions()}
         check_directory(self.dir, self.config, self.MAY_DIFFER, args.resume)
 
-    def say_plan(self, rows: list[dict], warmup_rows: list[dict], samples: str, **more: str) -> None:
-        """What the run will do and take, before it costs anything. `samples`: those of a problem."""
+    def plan(self, rows: list[dict], warmup_rows: list[dict], samples: str, **more: str) -> None:
+        """Say what the run will do and take, before it costs anything; choose the memory flags left open."""
         args, steps = self.args, -(-len(warmup_rows) * 9 // 10 // self.args.warmup_batch_size)
+        self.config["memory"] = choose_memory(args)
         warmup = f"SFT on {len(warmup_rows)} problems, {args.warmup_epochs} epochs of {steps} steps"
         epochs = args.steps * args.prompts_per_step / max(len(rows), 1)
         training = f"{args.steps} steps of {args.prompts_per_step} x {samples} samples, {epochs:.2g} epochs"
-        lines = {"warm-up": warmup if warmup_rows else "none", **more, "memory": choose_memory(args),
+        lines = {"warm-up": warmup if warmup_rows else "none", **more, "memory": self.config["memory"],
                  "training": f"{len(rows)} problems; {training}", "run": str(self.dir)}
         print("plan")
         say_table(list(lines.items()))
@@ -1375,8 +1390,8 @@ class Run:
         self.is_evaluated = any(name.startswith("eval/") for name in self.metrics)
         self.accuracy, self.shown = None, []
         self.track = tracker(self.args.report_to, self.dir, self.config, self.step)
-        name, args = self.args.lr_schedule, self.args
-        name = "constant_with_warmup" if name == "constant" else name
+        args = self.args
+        name = "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule
         schedule = get_scheduler(name, optimizer, args.lr_warmup_steps, args.steps + 1)
         self.lr_factor = schedule.lr_lambdas[0]  # of the 1-based step: 0 comes only after the last one
 
@@ -1451,7 +1466,10 @@ class Run:
         self.bar.write(printable(f"step {self.step}: {text}"))
 
     def evaluate_and_save(self) -> None:
-        """Evaluate and save a checkpoint where either is due; write the step's metrics."""
+        """Evaluate if it is due, write the step's metrics, save a checkpoint if it is due.
+
+        After MAX_NONFINITE steps without a finite gradient the run is given up.
+        """
         if self.evaluation_is_due():
             self.bar.set_description("evaluating")
             found = self.evaluate()
@@ -1459,7 +1477,7 @@ class Run:
                 self.metrics |= found
                 self.accuracy, self.is_evaluated = found.get("eval/accuracy"), True
         metrics = {key: value for key, value in self.metrics.items() if key != "step"}
-        if rank() == 0 and self.is_written:  # by a run that a stop ended before its evaluation
+        if rank() == 0 and self.is_written:  # before a stop, without its evaluation
             rewrite_jsonl(self.dir / "metrics.jsonl", self.metrics_rows()[:-1] + [self.metrics])
         elif rank() == 0 and metrics:
             write_jsonl(self.dir / "metrics.jsonl", [self.metrics])
@@ -1553,7 +1571,7 @@ def lock(path: Path, message: str):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        refuse(message, alone=True)
+        refuse(message, any_rank=True)
     return file
 
 
@@ -1586,7 +1604,7 @@ def check_finite(final: Path, weights: dict[str, Tensor]) -> None:
     """Refuse to save weights that are not finite."""
     mine = [w.to_local() if isinstance(w, DTensor) else w for w in weights.values()]
     if not all(w.isfinite().all() for w in mine):
-        refuse(f"{final}: the weights are not finite, so they are not saved; lower --lr", alone=True)
+        refuse(f"{final}: the weights are not finite, so they are not saved; lower --lr", any_rank=True)
 
 
 def save_state(final: Path, model, optimizer, **about: Any) -> None:
@@ -1701,16 +1719,6 @@ def peak_memory_gb() -> float:
 
 # ---------------------------------------------------------------- asking another model
 
-@dataclass
-class StrategistFlags(RunFlags):
-    """strategist"""
-    strategist: str = flag(None, "hub id, directory, URL of a chat endpoint, or none (default: --model)")
-    strategist_model: str = flag(None, "the endpoint's model; its key is read from OPENAI_API_KEY")
-    strategist_max_new_tokens: int = flag(2048, "longest answer; more for one that thinks first", "[1, inf)")
-    strategist_threads: int = flag(16, "requests to the endpoint at the same time", "[1, inf)")
-    strategist_timeout: float = flag(600, "seconds to wait for an answer of the endpoint", "(0, inf)")
-
-
 def check_strategist(args: StrategistFlags) -> None:
     """Refuse an endpoint that cannot be asked, before anything is loaded."""
     is_url = bool(re.match("https?://", args.strategist or ""))
@@ -1816,7 +1824,7 @@ class Endpoint:
                             self.say_silence()
                     except Unanswered as error:
                         refuse(f"{error}; strategies found so far are kept: --resume asks for the rest",
-                               alone=True)
+                               any_rank=True)
         finally:
             pool.terminate()
 

@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint on math benchmarks by the papers' protocol: several samples a problem, averaged.
+"""Accuracy of a checkpoint on math benchmarks by the papers' protocol: several samples per problem, averaged.
 
 Prompts, sampling and grading are those of training. An evaluation that was stopped or killed goes on when its
 command is given again, with the same numbers.
@@ -27,7 +27,7 @@ from common import (
     BENCHMARKS, SYSTEM_PROMPT, build_prompt, check_context, check_directory, complete, demo_recipe, demo_rows,
     extract_answer, flag, generator, gold_is_gradable, grade_batch, grader_counts, load_model, load_rows,
     load_tokenizer, lock, long_work, parse_args, printable, program, read_jsonl, refuse, rewrite_jsonl,
-    say_table, seed_everything, stop_asked, versions, write_atomic, write_jsonl)
+    say_table, seed_everything, stop_asked, versions, world, write_atomic, write_jsonl)
 
 
 # ---------------------------------------------------------------- flags
@@ -37,7 +37,7 @@ class Args:
     """evaluation"""
     model: str = flag("demo", "hub id or local directory; demo: the built-in tiny model")
     benchmarks: str = flag(None, "names, .jsonl or .parquet files, by commas (default: demo, or SGPO's four)")
-    k: int = flag(None, "samples a problem (default: the papers' for known names, 4 for files)", "[1, inf)")
+    k: int = flag(None, "samples per problem (default: the papers' for known names, 4 for files)", "[1, inf)")
     out: str = flag(None, "results directory, new or to go on with (default: a new one under runs/)")
     strategies: str = flag(None, "with these too: JSONL of problem (or id) and strategy; own: the rows' own")
     compare: list[str] = flag(None, "two results directories, shown side by side")
@@ -62,7 +62,7 @@ def recipe(args: Args) -> dict:
 # ---------------------------------------------------------------- benchmarks
 
 Parts = dict[str, list[dict]]  # a benchmark, alone or "NAME guided" -> its rows or its completions
-PAPERS_K = {"amc23": 32, "aime24": 32, "aime25": 32}  # samples a problem; else 4
+PAPERS_K = {"amc23": 32, "aime24": 32, "aime25": 32}  # samples per problem; else 4
 
 
 def load_parts(args: Args, tokenizer) -> Parts:
@@ -83,7 +83,8 @@ def load_parts(args: Args, tokenizer) -> Parts:
             for row in some:
                 row["prompt"] = build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"])
             some.sort(key=lambda row: -len(row["prompt"]))
-            parts |= {title: [{**row, "sample": j} for row in some for j in range(k)]} if some else {}
+            if some:
+                parts[title] = [{**row, "sample": j} for row in some for j in range(k)]
     longest = max(len(row["prompt"]) for rows in parts.values() for row in rows)
     check_context(args.model, "--model", longest, args.max_new_tokens)
     return parts
@@ -151,9 +152,9 @@ def sample_batch(model, tokenizer, title: str, start: int, rows: list[dict], arg
 def sample_rest(model, tokenizer, parts: Parts, path: Path, args: Args) -> Parts:
     """Sample what is not in the file yet, batch by batch -> the completions of each part."""
     done = finished_batches(path)
-    total, there = sum(map(len, parts.values())), sum(map(len, done.values()))
-    print(f"{total} completions -> {path}" + f"; {there} of them are there already" * bool(there))
-    with long_work(total, "evaluation", "completion", there) as bar:
+    total, n_done = sum(map(len, parts.values())), sum(map(len, done.values()))
+    print(f"{total} completions -> {path}" + f"; {n_done} of them are there already" * bool(n_done))
+    with long_work(total, "evaluation", "completion", n_done) as bar:
         for title, rows in parts.items():
             while len(done[title]) < len(rows) and not stop_asked():
                 start = len(done[title])
@@ -165,9 +166,10 @@ def sample_rest(model, tokenizer, parts: Parts, path: Path, args: Args) -> Parts
                 done[title] += batch
                 bar.set_description(f"{title}, accuracy {mean(done[title], 'correct'):.3f}")
                 bar.update(len(batch))
-    there = sum(map(len, done.values()))
-    if there < total:
-        print(f"stopped after {there} of {total} completions; the same command with --out {args.out} goes on")
+    n_done = sum(map(len, done.values()))
+    if n_done < total:
+        print(f"stopped after {n_done} of {total} completions; the same command with --out {args.out} "
+              "goes on")
         raise SystemExit(130)
     return done
 
@@ -208,7 +210,7 @@ def majority(votes: Sequence[str | None]) -> int | None:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of one value a problem, over problems drawn with replacement."""
+    """95% percentile interval of the mean of one value per problem, over problems drawn with replacement."""
     draws = generator(seed, "bootstrap").integers(len(values), size=(10_000, len(values)))
     low, high = np.percentile(np.asarray(values, dtype=float)[draws].mean(1), [2.5, 97.5])
     return float(low), float(high)
@@ -230,7 +232,7 @@ def summarize(done: list[dict], alone: dict | None, seed: int) -> dict:
             problems[name]["strategy adds"] = c / k - alone["per_problem"][name]["avg@k"]
     numbers = {"problems": len(problems), "k": k, "truncated": mean(done, "truncated"),
                "no_box": float(np.mean([row["answer"] is None for row in done]))}
-    for measure in problems[name]:
+    for measure in next(iter(problems.values())):
         numbers[measure] = mean(problems.values(), measure)
         numbers[f"{measure}_interval"] = bootstrap_interval([p[measure] for p in problems.values()], seed)
     powers = [2 ** i for i in range(k.bit_length())]
@@ -283,7 +285,7 @@ def compare(folders: list[str]) -> None:
 
 # ---------------------------------------------------------------- main
 
-def inputs(args: Args, parts: Parts) -> dict[str, str]:
+def fingerprints(args: Args, parts: Parts) -> dict[str, str]:
     """A local model by its files and problems by their content: both change under the same name."""
     files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*"))]
     found = {"model": files}
@@ -293,6 +295,8 @@ def inputs(args: Args, parts: Parts) -> dict[str, str]:
 
 
 def evaluate(args: Args) -> None:
+    if world() > 1:
+        refuse("eval_math.py is one process: start it without torchrun, a benchmark on each GPU")
     if args.temperature == 0 and args.k != 1:
         refuse("--temperature 0 is greedy, all samples of a problem are the same: add --k 1")
     tokenizer = load_tokenizer(args.model)
@@ -301,7 +305,7 @@ def evaluate(args: Args) -> None:
         now = time.strftime("%Y%m%d-%H%M%S")
         args.out = f"runs/eval_math-{Path(args.model).name}-{now}-{os.getpid()}"
     out, path = Path(args.out), Path(args.out) / "generations.jsonl"
-    config = {"script": "eval_math", "flags": asdict(args), "inputs": inputs(args, parts),
+    config = {"script": "eval_math", "flags": asdict(args), "inputs": fingerprints(args, parts),
               "command": sys.argv, **versions()}
     # another batch_size draws other random numbers, as good as those: memory may have run out
     check_directory(out, config, {"out", "compare", "generation_batch_size"}, resume=None)
@@ -321,7 +325,8 @@ def evaluate(args: Args) -> None:
     if lost := outcomes["timeouts"] + outcomes["crashes"]:
         print(f"warning: the grader gave up on {lost} answers, which count as wrong")
     for title in parts:
-        results[title] = summarize(done[title], results.get(title.removesuffix(" guided")), args.seed)
+        alone = results[title.removesuffix(" guided")] if title.endswith(" guided") else None
+        results[title] = summarize(done[title], alone, args.seed)
     write_atomic(out / "results.json", json.dumps({**config, "results": results}, indent=2) + "\n")
     show(results)
     print(f"results and generations: {out}")

@@ -22,8 +22,8 @@ from common import (
     held_out_accuracy, load_policy, load_problems, load_reward, load_tokenizer, microbatches, my_share,
     optimizer_step, parse_args, program, refuse, sft_warmup, total, warmup_split)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
-# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
+# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
 # row.
 
 
@@ -42,15 +42,15 @@ class Args(RunFlags):
     # objective
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
     clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "mean over rows, tokens, or token limits")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
     # update
     lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
 
 
 def check_args(args: Args) -> None:
@@ -105,7 +105,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
                 clip_high: float) -> tuple[Tensor, Tensor]:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
+    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
     On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
     nothing; the gradient is still A grad log pi.
@@ -122,8 +122,8 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
     grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
-    update in all processes, where the mask has other rows.
+    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
+    all processes, where they are not the mask's.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -150,7 +150,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     lengths, sums, norms = ro.lengths(), Sums(), []
     live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
+    old_logps = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
     if args.updates_per_rollout > 1:
         old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -158,7 +158,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
                 old_logps[batch] = score_rows(model, ro, batch, args)[0]
 
     model.train()  # for activation checkpointing; there is no dropout
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+    # An update takes the same places of the step's batch, however many processes share it.
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
         problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens = total(len(rows), ro.mask[rows].sum())
@@ -185,12 +186,12 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
-    score = load_reward(args.reward)
+    reward = load_reward(args.reward)
     run = Run(args)
     tokenizer = load_tokenizer(args.model)
     train, held_out = load_problems(args, tokenizer)
-    warmup, train = warmup_split(train, tokenizer, score, args)
-    run.say_plan(train, warmup, f"{args.group_size}")
+    warmup, train = warmup_split(train, tokenizer, reward, args)
+    run.plan(train, warmup, str(args.group_size))
     if args.dry_run:
         return
     model = load_policy(args)
@@ -202,7 +203,7 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt)
 
     def evaluate() -> dict[str, float]:
-        return held_out_accuracy(model, tokenizer, held_out, score, args)
+        return held_out_accuracy(model, tokenizer, held_out, reward, args)
 
     run.begin(model, tokenizer, optimizer, evaluate)
     for step in run.steps():
@@ -217,7 +218,7 @@ def main() -> None:
             break
 
         # ---- rewards and advantages
-        rewards = score(ro.texts, rows)  # [N]
+        rewards = reward(ro.texts, rows)  # [N]
         groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
         run.lap("grade")

@@ -28,8 +28,8 @@ from common import (
     long_work, microbatches, my_share, open_strategist, optimizer_step, parse_args, program, rank, read_jsonl,
     refuse, rewrite_jsonl, say_table, sft_warmup, token_values, total, warmup_split, write_jsonl)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
-# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
+# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
 # row.
 
 
@@ -49,8 +49,8 @@ class Args(StrategistFlags):
     # objective
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
     clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "mean over rows, tokens, or token limits")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
     autonomous_grpo: bool = flag(True, "ablation: --no_autonomous_grpo trains by distillation only")
     # strategy distillation
     distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag("forward_kl", "Eq. 3; ablations")
@@ -67,10 +67,10 @@ class Args(StrategistFlags):
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
     # strategies
     strategies: str = flag(None, "JSONL file, read if it exists; new ones are appended (default: in --out)")
-    strategy_candidates: int = flag(5, "candidates a solution, of which the best is kept", "[1, inf)")
+    strategy_candidates: int = flag(5, "candidates per solution, of which the best is kept", "[1, inf)")
     extract_only: bool = flag(False, "stop once the strategies are extracted")
 
 
@@ -130,7 +130,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
                 clip_high: float) -> tuple[Tensor, Tensor]:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
+    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
     On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
     nothing; the gradient is still A grad log pi.
@@ -147,8 +147,8 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
     grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
-    update in all processes, where the mask has other rows.
+    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
+    all processes, where they are not the mask's.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -208,12 +208,12 @@ def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
 class Guidance:
     prompts: list[list[int]]  # N prompts as they were sampled from: guided rows' hold the strategy
     correct: list[list[int]]  # each problem's correct guided samples (the paper's C), as rows
-    alpha: Tensor             # [b] alpha(q), 0 where that is empty
+    alpha: Tensor             # [b] alpha(q), 0 where there are none
 
 
 def guide(prompts: list[list[int]], rewards: Tensor, problems: list[dict],
           args: Args) -> tuple[Guidance, dict[str, float]]:
-    """Candidates and weight of each of b problems, from the rewards [N] of both groups.
+    """Correct guided samples and weight of each of b problems, from the rewards [N] of both groups.
 
     N is b x G1 autonomous rows, then G2 guided ones for each problem with a strategy, as main laid them out.
     Problems without a strategy are left out of the metrics. A reward of 0.5 or more is correct.
@@ -250,15 +250,14 @@ def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor
         return completion_logps(model, *ro.rows(batch), args.temperature)
 
 
-def choose_targets(model, ro: Rollout, correct: dict[int, list[int]], lengths: list[int],
-                   args: Args) -> dict[int, list[int]]:
+def choose_targets(model, ro: Rollout, correct: dict[int, list[int]], args: Args) -> dict[int, list[int]]:
     """The rows to distil of each problem: one correct guided sample (Eq. 4), or all of them (Eq. 2)."""
     if args.target == "all":
         return correct
     sum_logps = {}
     rivals = [i for rows in correct.values() if len(rows) > 1 for i in rows]  # a lone one needs no score
     with torch.no_grad():
-        for batch in microbatches(rivals, lengths, args.microbatch_tokens):
+        for batch in microbatches(rivals, ro.lengths(), args.microbatch_tokens):
             logps, _ = score_rows(model, ro, batch, args)
             sum_logps.update(zip(batch, logps.sum(1).tolist()))
     chosen = {}
@@ -273,12 +272,15 @@ def distances(model, ro: Rollout, guided: Rollout, batch: list[int], args: Args)
     if args.distill == "sft":
         return -score_rows(model, ro, batch, args)[0]
     kl, device = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[args.distill], ro.mask.device.type
+
+    def values(guided_logits: Tensor, logits: Tensor) -> tuple[Tensor]:
+        return (kl(guided_logits, logits),)
+
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=args.bf16):
         guided_hidden = as_forward(model, lambda: completion_hidden(model, *guided.rows(batch)))
     with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-        d, = token_values(lambda guided_logits, logits: (kl(guided_logits, logits),), model, *ro.rows(batch),
-                          told=[], temperature=args.temperature, other_hidden=[guided_hidden])
-    return d
+        return token_values(values, model, *ro.rows(batch), extra=[], temperature=args.temperature,
+                            other_hidden=[guided_hidden])[0]
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
@@ -295,7 +297,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
     lengths, sums, norms = ro.lengths(), Sums(), []
     live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
+    old_logps = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
     if args.updates_per_rollout > 1:
         old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -303,7 +305,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
                 old_logps[batch] = score_rows(model, ro, batch, args)[0]
 
     model.train()  # for activation checkpointing; there is no dropout
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+    # An update takes the same places of the step's batch, however many processes share it.
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
         problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens, n_problems = total(len(rows), ro.mask[rows].sum(), len(problems))
@@ -320,7 +323,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 
         # Eq. 7: + alpha(q) L_KD(q), averaged over the problems of the update
         correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
-        targets = choose_targets(model, ro, correct, lengths, args)
+        targets = choose_targets(model, ro, correct, args)
         kd_weights = torch.zeros(len(ro.mask), device=ro.mask.device)
         for q, chosen in targets.items():
             for i in chosen:
@@ -346,15 +349,15 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
-    score = load_reward(args.reward)
+    reward = load_reward(args.reward)
     run = Run(args)
     tokenizer = load_tokenizer(args.model)
     train, held_out = load_problems(args, tokenizer)
-    warmup, train = warmup_split(train, tokenizer, score, args)
+    warmup, train = warmup_split(train, tokenizer, reward, args)
     path, fits = Path(args.strategies or run.dir / "strategies.jsonl"), guided_prompt_fits(tokenizer, args)
     waiting = adopt_strategies(train, held_out, path, fits, args)
     there = sum("strategy" in row for row in train)
-    run.say_plan(train, warmup, f"({args.group_size} + {args.guided_group_size} guided)",
+    run.plan(train, warmup, f"({args.group_size} + {args.guided_group_size} guided)",
                  strategies=f"{there} there, {len(waiting)} to extract -> {path}")
     if args.dry_run:
         return
@@ -372,8 +375,8 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)
 
     def evaluate() -> dict[str, float]:
-        alone = held_out_accuracy(model, tokenizer, held_out, score, args)
-        return alone | held_out_accuracy(model, tokenizer, held_out, score, args, guided=True)
+        alone = held_out_accuracy(model, tokenizer, held_out, reward, args)
+        return alone | held_out_accuracy(model, tokenizer, held_out, reward, args, guided=True)
 
     run.begin(model, tokenizer, optimizer, evaluate)
     for step in run.steps():
@@ -393,7 +396,7 @@ def main() -> None:
             break
 
         # ---- rewards and advantages
-        rewards = score(ro.texts, rows)  # [N]
+        rewards = reward(ro.texts, rows)  # [N]
         groups = all_shares(rewards[:n_auto].view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [n_auto]
         if not args.autonomous_grpo:
@@ -439,7 +442,7 @@ Here are a problem, its answer, and {n} strategies that are meant to help somebo
 answer. Give each strategy one score from 0 (useless) to 1 (perfect), weighing four questions:
 - Problem type: is it right, and specific rather than the name of a whole subject?
 - Strategy: does it fit this problem, is it specific, and is it more than the obvious?
-- Steps: are they at the right height, neither empty advice nor the calculation retold?
+- Steps: are they at the right level of detail, neither empty advice nor the calculation retold?
 - Secrecy: is there nothing of the calculation or the answer in it? One that lets the answer slip deserves 0.
 
 Write one line for each strategy and nothing else, in this form:

@@ -2,10 +2,10 @@
 
 What differs from grpo_baseline.py (formulas beside the functions; the paper is arXiv 2605.13230):
   1. A frozen teacher reads the student's rollouts, token ids as sampled, and says what IT would write there.
-  2. TGPO: loss + lambda_s x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong rollouts.
-  3. lambda_s = max(0.002 - 1e-5 (s - 1), 0) at step s. No group is idle while it is above 0.
+  2. TGPO: loss + lambda_k x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong rollouts.
+  3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. Groups of equal rewards train too while it is above 0.
   4. --guidance has the methods it is compared with: other labels, TGPO-Adv, RKL (OPD), KDRL, reverse KL.
-  5. They are compared on the token ids that both tokenizers have; the teacher's end means the student's.
+  5. Student and teacher are compared on the ids that both tokenizers have; their end tokens mean the same.
 
     python tgpo.py                                     # the built-in demo: CPU, offline, minutes
     python tgpo.py --model Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-30B-A3B-Thinking-2507
@@ -26,14 +26,14 @@ from common import (
     parse_args, program, rank, refuse, say_table, seed_everything, sft_warmup, shard, stop_ids,
     token_values, total, warmup_split, world, write_atomic)
 
-# Letters: B problems of a step (b of them this process's), G samples a problem, N rows (problems x samples; n
-# some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
+# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
+# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
 # row.
 
 
 # ---------------------------------------------------------------- flags
 
-GUIDANCE = {  # the paper's coefficient, its fall a step and the reward's weight
+GUIDANCE = {  # the paper's coefficient, its fall per step and the reward's weight
     "tgpo": (0.002, 1e-5, 1.0), "tgpo-sampled": (0.002, 1e-5, 1.0), "tgpo-topk": (0.002, 1e-5, 1.0),
     "tgpo-adv": (0.02, 1e-4, 1.0), "tgpo-adv-matched": (0.02, 1e-4, 1.0), "rkl": (1.0, 0.0, 0.0),
     "kdrl": (0.002, 0.0, 1.0), "reverse-kl": (1.0, 0.0, 0.0), "none": (0.0, 0.0, 1.0)}
@@ -44,38 +44,38 @@ AS_LOSS = ("tgpo", "tgpo-sampled", "tgpo-topk", "kdrl", "reverse-kl")   # beside
 @dataclass
 class Args(RunFlags):
     """algorithm"""
-    # rollouts
     warmup_frac: float = flag(0.0, "share of the problems for the warm-up; TGPO's paper has none", "[0, 1]")
-    steps: int = flag(300, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
+    # rollouts
+    steps: int = flag(300, "training steps, one rollout batch each; 0: the warm-up alone", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
-    group_size: int = flag(8, "samples a problem", "[2, inf)")
+    group_size: int = flag(8, "samples per problem", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
     top_p: float = flag(1.0, "nucleus sampling", "(0, 1]")
     # objective
     clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
     clip_high: float = flag(0.2, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "see token_weights")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "which std divides rewards")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "mean over rows, tokens, or token limits")
+    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
     entropy_bonus: float = flag(0.0, "times the mean entropy, subtracted (the authors: 0.001)", "[0, inf)")
     # guidance
     teacher: str = flag(None, "hub id or local directory; with the demo model: demo, or demo-same-style")
     guidance: Literal[tuple(GUIDANCE)] = flag("tgpo", "what is learnt from the teacher")
     coefficient: float = flag(None, "weight of the guidance at step 1 (default: the paper's)", "[0, inf)")
-    coefficient_fall: float = flag(None, "what it loses a step, down to 0 (default: the paper's)", "[0, inf)")
+    coefficient_fall: float = flag(None, "what it loses per step, to 0 (default: the paper's)", "[0, inf)")
     reward_weight: float = flag(None, "of the advantage (default: 0 for rkl, reverse-kl, else 1)", "[0, inf)")
     topk: int = flag(None, "tokens compared (default: 20 by tgpo-topk, all by reverse-kl)", "[1, inf)")
-    teacher_microbatch_tokens: int = flag(32768, "padded tokens a pass of the teacher", "[1, inf)")
+    teacher_microbatch_tokens: int = flag(32768, "padded tokens per pass of the teacher", "[1, inf)")
     teacher_device: str = flag(None, "where it computes, such as cuda:1 (default: with the student)")
     teacher_offload: bool = flag(False, "keep it in CPU memory while it is not reading")
-    measure_divergence: int = flag(0, "train nothing, compare the two on so many rollouts", "[0, inf)")
+    measure_divergence: int = flag(0, "no RL: compare the two on so many rollouts", "[0, inf)")
     # update
     lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
     lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
     weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
     max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps a rollout, each on its share of it", "[1, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
 
 
 def check_args(args: Args) -> None:
@@ -145,7 +145,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
                 clip_high: float) -> tuple[Tensor, Tensor]:
     """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one a token -> loss, clipped [n, C]. Masked
+    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
     before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
     On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
     nothing; the gradient is still A grad log pi.
@@ -162,8 +162,8 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
     """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
 
     grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows` and `tokens` are N and the tokens of the
-    update in all processes, where the mask has other rows.
+    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
+    all processes, where they are not the mask's.
     """
     lengths = mask.sum(1).float()
     rows, tokens = rows or len(mask), tokens or lengths.sum()
@@ -175,7 +175,7 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float
 
 
 def coefficient(step: int, start: float, fall: float) -> float:
-    """lambda_s = max(start - fall (s - 1), 0) at the 1-based step s; the paper's is 0 after step 200."""
+    """lambda_k = max(start - fall (k - 1), 0) at the 1-based step k; the paper's is 0 after step 200."""
     return max(round(start - fall * (step - 1), 12), 0.0)  # rounded: 0.002 - 200 x 1e-5 shall be 0
 
 
@@ -203,7 +203,7 @@ def topk_forward_kl(logits: Tensor, top_ids: Tensor, top_logits: Tensor) -> Tens
 
 
 def label_bonus(old_label_logps: Tensor, matched: Tensor | bool = True) -> Tensor:
-    """TGPO-Adv: A'_it = A_i + c_s pi_old(y*_it | s); this is the pi_old, [n, C]. `matched`: only where a =
+    """TGPO-Adv: A'_it = A_i + c_k pi_old(y*_it | s); this is the pi_old, [n, C]. `matched`: only where a =
     y*.
 
     It does not depend on the token sampled, so at rho = 1 it is a state baseline: its expected gradient is 0,
@@ -248,15 +248,15 @@ class Advice:
     top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 where no method wants them
     top_logits: Tensor  # [N, C, k]
 
-    def tokens(self, batch: list[int], mask: Tensor) -> list[Tensor]:
-        """All of it for the real tokens of some rows, [m, ...]."""
-        return [x[batch][mask] for x in vars(self).values()]
+    def rows(self, batch: list[int]) -> "Advice":
+        """Of some rows, [n, C]."""
+        return Advice(*[x[batch] for x in vars(self).values()])
 
 
 class Teacher:
     """A frozen model that reads the student's token ids: in bf16 with --bf16, sharded over processes."""
 
-    def __init__(self, args: Args, tokenizer, own_tokenizer, student_ends: list[int]):
+    def __init__(self, args: Args, tokenizer, teacher_tokenizer, student_ends: list[int]):
         self.device = torch.device(args.teacher_device or HOME)
         self.args, self.offload = args, args.teacher_offload and world() == 1
         dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -264,11 +264,11 @@ class Teacher:
         self.model = load_model(args.teacher, "--teacher", dtype, rests)
         if world() > 1:
             self.model = shard(self.model, False, args.teacher_offload)
-        self.shared = min(len(tokenizer), len(own_tokenizer))  # token ids below it mean the same to both
-        self.end, self.own_end = tokenizer.eos_token_id, own_tokenizer.eos_token_id
-        if self.own_end in student_ends:
-            self.own_end = self.end  # the student stops at it, too
-        self.other_ends = [i for i in stop_ids(self.model, own_tokenizer) if i not in student_ends]
+        self.shared = min(len(tokenizer), len(teacher_tokenizer))  # token ids below it mean the same to both
+        self.student_end, self.teacher_end = tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
+        if self.teacher_end in student_ends:
+            self.teacher_end = self.student_end  # the student stops at it, too
+        self.other_ends = [i for i in stop_ids(self.model, teacher_tokenizer) if i not in student_ends]
 
     @torch.no_grad()
     def hidden(self, ro: Rollout, batch: list[int]) -> Tensor:
@@ -281,9 +281,9 @@ class Teacher:
         return as_forward(self.model, lambda: completion_hidden(self.model, prompts, known, mask))
 
     def align(self, logits: Tensor) -> Tensor:
-        """In place, [m, V_T]: where it ends with another token than the student, the two change columns."""
-        ends = [self.end, self.own_end]
-        if self.end != self.own_end and max(ends) < logits.shape[-1]:
+        """Swap the columns of student's and teacher's end token, if they differ. In place, [m, V_T]"""
+        ends = [self.student_end, self.teacher_end]
+        if self.student_end != self.teacher_end and max(ends) < logits.shape[-1]:
             logits[:, ends] = logits[:, ends[::-1]]
         return logits
 
@@ -291,10 +291,12 @@ class Teacher:
         """Its logits [m, V_T] and the student's tokens [m] -> the fields of Advice."""
         logits = self.align(logits)
         shared, ends = logits[:, :self.shared], torch.tensor(self.other_ends, device=logits.device)
-        best = logits.argmax(-1)
+        best, k = logits.argmax(-1), 0
+        if self.args.guidance in ("tgpo-topk", "reverse-kl"):
+            k = self.args.topk or 0
         labels = logits.softmax(-1).multinomial(1)[:, 0] if self.args.guidance == "tgpo-sampled" else best
-        best, labels = (torch.where(torch.isin(y, ends), self.end, y) for y in (best, labels))
-        top = shared.topk(self.args.topk or 0 if self.args.guidance in ("tgpo-topk", "reverse-kl") else 0)
+        best, labels = (torch.where(torch.isin(y, ends), self.student_end, y) for y in (best, labels))
+        top = shared.topk(k)
         labels = torch.where(labels < self.shared, labels, -1)
         return labels, chosen_logps(shared, ids), best == ids, top.indices, top.values
 
@@ -320,22 +322,24 @@ class Teacher:
             self.model.to("cpu")
 
 
-def check_vocabulary(tokenizer, own_tokenizer, name: str) -> None:
+def check_vocabulary(tokenizer, teacher_tokenizer, name: str) -> None:
     """Refuse a teacher whose tokenizer spells a shared id differently. Reads no weight.
 
     Embedding tables are padded to widths that say nothing, so the tokenizers' lengths count.
     """
-    shared = list(range(min(len(tokenizer), len(own_tokenizer))))
-    spellings = zip(tokenizer.convert_ids_to_tokens(shared), own_tokenizer.convert_ids_to_tokens(shared))
+    shared = list(range(min(len(tokenizer), len(teacher_tokenizer))))
+    spellings = zip(tokenizer.convert_ids_to_tokens(shared), teacher_tokenizer.convert_ids_to_tokens(shared))
     for i, (ours, theirs) in enumerate(spellings):
         if ours != theirs:
             refuse(f"--teacher {name}: its tokenizer is not the student's: token {i} is {ours!r} to the "
                    f"student and {theirs!r} to the teacher")
 
 
-def check_teacher(args: Args, tokenizer, own_tokenizer, rows: list[dict]) -> None:
+def check_teacher(args: Args, tokenizer, teacher_tokenizer, rows: list[dict]) -> None:
     """Refuse a teacher that cannot read the prompts, or not so far."""
-    shared = min(len(tokenizer), len(own_tokenizer))
+    if args.teacher is None:
+        return
+    shared = min(len(tokenizer), len(teacher_tokenizer))
     if args.topk and args.topk > shared:
         refuse(f"--topk {args.topk}: student and teacher share {shared} tokens")
     prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt) for row in rows]
@@ -343,8 +347,7 @@ def check_teacher(args: Args, tokenizer, own_tokenizer, rows: list[dict]) -> Non
     if unknown:
         refuse(f"--teacher {args.teacher}: cannot read the prompts: it has no token {unknown[0]}, "
                f"{tokenizer.decode(unknown[0])!r} to the student")
-    if args.teacher:
-        check_context(args.teacher, "--teacher", max(map(len, prompts)), args.max_new_tokens)
+    check_context(args.teacher, "--teacher", max(map(len, prompts)), args.max_new_tokens)
 
 
 # ---------------------------------------------------------------- update
@@ -357,53 +360,57 @@ def score_rows(model, ro: Rollout, batch: list[int], teacher: Teacher | None, ad
     """
     prompts, completions, mask = ro.rows(batch)
     exact = guidance == "reverse-kl" and not args.topk  # the only one that wants all of the teacher's logits
-    told = [] if teacher is None else [teacher.hidden(ro, batch)] if exact else advice.tokens(batch, mask)
+    extra = []
+    if exact:
+        extra = [teacher.hidden(ro, batch)]
+    elif teacher:
+        extra = [x[mask] for x in vars(advice.rows(batch)).values()]
 
-    def per_token(logits: Tensor, ids: Tensor, *told: Tensor) -> tuple[Tensor, ...]:
+    def values(logits: Tensor, ids: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
         logps, entropy = log_prob_and_entropy(logits, ids)
         entropy = policy_entropy(logits) if args.entropy_bonus else entropy
         if teacher is None:
             return logps, entropy, logps, torch.zeros_like(logps)
         shared = logits[:, :teacher.shared]
-        near, guide = chosen_logps(shared, ids), torch.zeros_like(logps)
+        shared_logps, guide_loss = chosen_logps(shared, ids), torch.zeros_like(logps)
         if exact:
             with torch.no_grad():
-                theirs = teacher.model.get_output_embeddings()(told[0]).float() / args.temperature
+                theirs = teacher.model.get_output_embeddings()(extra[0]).float() / args.temperature
                 theirs = teacher.align(theirs)[:, :teacher.shared].to(logits.device)
-            return logps, entropy, near, reverse_kl(shared, theirs)
-        labels, teacher_logps, _, top_ids, top_logits = told
+            return logps, entropy, shared_logps, reverse_kl(shared, theirs)
+        labels, teacher_logps, _, top_ids, top_logits = extra
         if guidance in WITH_LABELS:
-            guide = label_loss(shared, labels)
+            guide_loss = label_loss(shared, labels)
         elif guidance == "tgpo-topk":
-            guide = topk_forward_kl(shared, top_ids, top_logits)
+            guide_loss = topk_forward_kl(shared, top_ids, top_logits)
         elif guidance == "kdrl":
-            guide = k2(near, teacher_logps)
+            guide_loss = k2(shared_logps, teacher_logps)
         elif guidance == "reverse-kl":
-            guide = reverse_kl(shared.gather(-1, top_ids), top_logits)
-        return logps, entropy, near, guide
+            guide_loss = reverse_kl(shared.gather(-1, top_ids), top_logits)
+        return logps, entropy, shared_logps, guide_loss
 
     with torch.autocast(ro.mask.device.type, torch.bfloat16, enabled=args.bf16):
-        told = [completions[mask], *told]
-        return token_values(per_token, model, prompts, completions, mask, told, args.temperature)
+        extra = [completions[mask], *extra]
+        return token_values(values, model, prompts, completions, mask, extra, args.temperature)
 
 
-def token_bonus(old_near: Tensor, old_guide: Tensor, ids: Tensor, labels: Tensor, teacher_logps: Tensor,
+def token_bonus(old_shared_logps: Tensor, old_guide_loss: Tensor, ids: Tensor, advice: Advice,
                 guidance: str) -> Tensor | float:
     """What the methods that put the teacher's word into the advantage add to it, [n, C]."""
     if guidance == "rkl":
-        return rkl_advantages(old_near, teacher_logps)
-    if guidance in ("tgpo-adv", "tgpo-adv-matched"):
-        return label_bonus(-old_guide, labels == ids if guidance == "tgpo-adv-matched" else True)
+        return rkl_advantages(old_shared_logps, advice.logps)
+    if guidance in ("tgpo-adv", "tgpo-adv-matched"):  # their guidance's loss is label_loss, -log pi(y*)
+        return label_bonus(-old_guide_loss, advice.labels == ids if guidance == "tgpo-adv-matched" else True)
     return 0.0
 
 
-def divergence_sums(near: Tensor, ids: Tensor, mask: Tensor, labels: Tensor, teacher_logps: Tensor,
-                    agrees: Tensor, shared: int) -> dict[str, Tensor]:
+def divergence_sums(shared_logps: Tensor, ids: Tensor, mask: Tensor, advice: Advice,
+                    shared: int) -> dict[str, Tensor]:
     """How far apart the two are at the tokens [n, C], as sums over each row [n]: what training logs."""
     known = mask & (ids < shared)
-    nll, k1 = (torch.where(known, x, 0.0) for x in (-teacher_logps, near - teacher_logps))
+    nll, k1 = (torch.where(known, x, 0.0) for x in (-advice.logps, shared_logps - advice.logps))
     return {"known": known.sum(1), "nll": nll.sum(1), "k1": k1.sum(1), "confident": (k1 > 0).sum(1),
-            "mismatch": (mask & ~agrees).sum(1), "dropped": (mask & (labels < 0)).sum(1)}
+            "mismatch": (mask & ~advice.agrees).sum(1), "dropped": (mask & (advice.labels < 0)).sum(1)}
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher | None, coef: float,
@@ -419,11 +426,11 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     advantages = advantages.to(ro.mask.device)
     advice = teacher.advise(ro, live) if teacher else None
     taught = ro.mask  # [N, C] where the guidance has something to say: labels the student lacks are dropped
-    if advice is not None and guidance in WITH_LABELS:
+    if guidance in WITH_LABELS:
         taught = ro.mask & (advice.labels >= 0)
     elif guidance in ("rkl", "kdrl"):
         taught = ro.mask & (ro.completions < teacher.shared)
-    old_scores = None  # with one update pi_old is pi; both are of the whole distribution, whatever --top_p
+    old_scores = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
     if args.updates_per_rollout > 1:
         old_scores = torch.zeros(4, *ro.mask.shape, device=ro.mask.device)
         with torch.no_grad():
@@ -432,7 +439,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
                 old_scores[:, batch] = torch.stack(scores)
 
     model.train()  # for activation checkpointing; there is no dropout
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):  # in the step
+    # An update takes the same places of the step's batch, however many processes share it.
+    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
         problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
         rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
         n_rows, n_tokens, n_taught = total(len(rows), ro.mask[rows].sum(), taught[rows].sum())
@@ -441,21 +449,21 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
             mask, ids = ro.mask[batch], ro.completions[batch]
             scores = score_rows(model, ro, batch, teacher, advice, guidance, args)
-            logps, entropy, near, guide = scores
+            logps, entropy, shared_logps, guide_loss = scores
             olds = [x.detach() for x in scores] if old_scores is None else old_scores[:, batch]
-            old, _, old_near, old_guide = olds
+            old, _, old_shared_logps, old_guide_loss = olds
             A = advantages[batch]
             if advice is not None:
-                labels, teacher_logps, agrees, *_ = (x[batch] for x in vars(advice).values())
-                bonus = token_bonus(old_near, old_guide, ids, labels, teacher_logps, guidance)
+                said = advice.rows(batch)
+                bonus = token_bonus(old_shared_logps, old_guide_loss, ids, said, guidance)
                 A = A[:, None] + coef * taught[batch] * bonus
-                apart = divergence_sums(old_near, ids, mask, labels, teacher_logps, agrees, teacher.shared)
+                apart = divergence_sums(old_shared_logps, ids, mask, said, teacher.shared)
                 sums.add(**{name: x.sum() for name, x in apart.items()})
             token_loss, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
             token_loss = token_loss - args.entropy_bonus * entropy
             loss = (token_loss * weights[batch, None]).sum()
             if guidance in AS_LOSS:
-                loss = loss + coef * (guide * taught[batch] * taught_weights[batch, None]).sum()
+                loss = loss + coef * (guide_loss * taught[batch] * taught_weights[batch, None]).sum()
             loss.backward()
             sums.add(loss=loss, entropy=entropy.sum(), clipped=clipped.sum(), scored=mask.sum())
         norms.append(optimizer_step(model, optimizer, args.max_grad_norm))
@@ -485,9 +493,8 @@ def measure(model, tokenizer, teacher: Teacher, prompts: list[list[int]], args: 
     exact = replace(args, topk=None)
     for batch in microbatches(range(len(prompts)), ro.lengths(), args.microbatch_tokens):
         mask, n = ro.mask[batch], ro.mask[batch].sum(1)
-        _, _, near, reverse = score_rows(model, ro, batch, teacher, advice, "reverse-kl", exact)
-        labels, teacher_logps, agrees, *_ = (x[batch] for x in vars(advice).values())
-        s = divergence_sums(near, ro.completions[batch], mask, labels, teacher_logps, agrees, teacher.shared)
+        _, _, shared_logps, reverse = score_rows(model, ro, batch, teacher, advice, "reverse-kl", exact)
+        s = divergence_sums(shared_logps, ro.completions[batch], mask, advice.rows(batch), teacher.shared)
         known = s["known"].clamp(min=1)
         found[batch] = torch.stack([s["nll"] / known, s["k1"] / known, reverse.sum(1) / n, s["mismatch"] / n,
                                     s["confident"] / known, n, ro.truncated[batch]], 1).cpu().float()
@@ -511,19 +518,20 @@ def say_divergence(report: dict[str, dict], run: Run) -> None:
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
-    score = load_reward(args.reward)
+    reward = load_reward(args.reward)
     run = Run(args)
     tokenizer = load_tokenizer(args.model)
-    own_tokenizer = load_tokenizer(args.teacher, "--teacher") if args.teacher else tokenizer
-    check_vocabulary(tokenizer, own_tokenizer, args.teacher)
+    teacher_tokenizer = load_tokenizer(args.teacher, "--teacher") if args.teacher else tokenizer
+    check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
     train, held_out = load_problems(args, tokenizer)
-    check_teacher(args, tokenizer, own_tokenizer, train + held_out)
-    warmup, train = warmup_split(train, tokenizer, score, args)
-    run.say_plan(train, warmup, f"{args.group_size}")
+    check_teacher(args, tokenizer, teacher_tokenizer, train + held_out)
+    warmup, train = warmup_split(train, tokenizer, reward, args)
+    run.plan(train, warmup, str(args.group_size))
     if args.dry_run:
         return
     model = load_policy(args)
-    teacher = Teacher(args, tokenizer, own_tokenizer, stop_ids(model, tokenizer)) if args.teacher else None
+    ends = stop_ids(model, tokenizer)
+    teacher = Teacher(args, tokenizer, teacher_tokenizer, ends) if args.teacher else None
     run.create()
     sft_warmup(model, tokenizer, warmup, run, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -532,7 +540,7 @@ def main() -> None:
         return build_prompt(tokenizer, row["problem"], args.system_prompt)
 
     def evaluate() -> dict[str, float]:
-        return held_out_accuracy(model, tokenizer, held_out, score, args)
+        return held_out_accuracy(model, tokenizer, held_out, reward, args)
 
     if args.measure_divergence:
         some = my_share(((held_out or train) * args.measure_divergence)[:args.measure_divergence])
@@ -552,7 +560,7 @@ def main() -> None:
             break
 
         # ---- rewards and advantages
-        rewards = score(ro.texts, rows)  # [N]
+        rewards = reward(ro.texts, rows)  # [N]
         groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
         run.lap("grade")

@@ -217,9 +217,9 @@ def test_a_living_run_is_left_alone(more, go, place, tmp_path, capsys):
 
 
 def test_a_run_that_came_and_went_meanwhile(go, tmp_path, capsys, monkeypatch):
-    flags, said = [*OLD, "--out", tmp_path / "run"], common.Run.say_plan
-    monkeypatch.setattr(common.Run, "say_plan", lambda *a, **k: (
-        monkeypatch.setattr(common.Run, "say_plan", said), go("grpo_baseline", *flags), said(*a, **k)))
+    flags, said = [*OLD, "--out", tmp_path / "run"], common.Run.plan
+    monkeypatch.setattr(common.Run, "plan", lambda *a, **k: (
+        monkeypatch.setattr(common.Run, "plan", said), go("grpo_baseline", *flags), said(*a, **k)))
     assert go("grpo_baseline", *flags) == 2
     assert "holds this run already" in capsys.readouterr().err
     assert [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

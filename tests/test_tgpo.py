@@ -140,8 +140,8 @@ def args_of(guidance="tgpo", **flags):
 
 def teacher_of(model, args, shared=SHARED, ends=SAME_END, other_ends=()):
     teacher = object.__new__(tgpo.Teacher)
-    vars(teacher).update(model=model, args=args, shared=shared, end=ends[0], own_end=ends[1], offload=False,
-                         other_ends=list(other_ends), device=torch.device("cpu"))
+    vars(teacher).update(model=model, args=args, shared=shared, student_end=ends[0], teacher_end=ends[1],
+                         other_ends=list(other_ends), offload=False, device=torch.device("cpu"))
     return teacher
 
 
@@ -382,14 +382,15 @@ def test_the_ends_of_a_real_pair(ends, own_end, others, pair):
     """Where the student stops at the teacher's end, too, that stays what it is."""
     tokenizers = (common.load_tokenizer(str(folder)) for folder in pair)
     teacher = tgpo.Teacher(args_of(teacher=str(pair[1])), *tokenizers, ends)
-    assert (teacher.shared, teacher.end, teacher.own_end, teacher.other_ends) == (260, 257, own_end, others)
+    assert (teacher.shared, teacher.student_end, teacher.teacher_end) == (260, 257, own_end)
+    assert teacher.other_ends == others
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
 
 def test_none_is_grpo_to_the_bit(run, train):
     flags = ["--top_p", 0.9, "--clip_high", 0.3, "--loss_type", "grpo", "--warmup_frac", 0]
     grpo, none = train("grpo_baseline", *flags, "--steps", 2, out="grpo"), ["--guidance", "none"]
-    same_runs(grpo, run(*flags, *none, teacher=None, out="alone"))
+    same_runs(grpo, run(*flags, *none, "--topk", 999, teacher=None, out="alone"))
     measured = run(*flags, *none, out="none")
     base, metrics = (stripped(read_jsonl(out / "metrics.jsonl")) for out in (grpo, measured))
     assert base == [{k: v for k, v in m.items() if not k.startswith("tgpo/")} for m in metrics]

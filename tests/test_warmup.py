@@ -97,8 +97,8 @@ def test_a_warm_up_is_lent_only_to_its_equal(tmp_path, capsys):
 
 
 def test_the_split(capsys):
-    def split(rows, score=common.load_reward(None), **flags):
-        taken, rest = common.warmup_split(rows, small_tokenizer(), score, args_of(**flags))
+    def split(rows, reward=common.load_reward(None), **flags):
+        taken, rest = common.warmup_split(rows, small_tokenizer(), reward, args_of(**flags))
         assert not {row["problem"] for row in taken} & {row["problem"] for row in rest}
         assert not any(common.grader_counts().values())  # they belong to no step
         return [row["id"] for row in taken], [row["id"] for row in rest], capsys.readouterr().out
