@@ -1887,6 +1887,7 @@ DEMO_GUIDANCE = dict.fromkeys(("tgpo", "tgpo-sampled", "tgpo-topk"),
                               {"coefficient": 0.5, "coefficient_fall": 0.0075})
 DEMO_TEACHERS = {"demo": True, "demo-same-style": False}  # do they write operations in words?
 DEMO_STEPS, DEMO_TEACHER_STEPS = 240, 200  # of the warm starts
+DEMO_SEED = 0  # of the models: another one is another student, to see whether a result holds for it
 IN_WORDS = "In words."  # the system prompt under which the student does so, too
 
 
@@ -1960,7 +1961,7 @@ def demo_tokenizer() -> Qwen2Tokenizer:
 def warm_start(folder: Path, tokenizer, example: Callable[[int], tuple[list[int], list[int], list[bool]]],
                rng: np.random.Generator, steps: int, lr: float, start: Path | None = None):
     """A tiny Qwen2, or `start`, trained by SFT on `example(row)`: prompt, completion, taught tokens."""
-    torch.manual_seed(0)
+    torch.manual_seed(DEMO_SEED)
     model = Qwen2ForCausalLM.from_pretrained(start) if start else Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=192, intermediate_size=576, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024, initializer_range=0.06,
@@ -1991,7 +1992,7 @@ def build_demo(folder: Path) -> None:
     more. A fifth of these are in words, under a system prompt that asks for them; and in three tenths half of
     the operations are in the other style, and not taught: the student reads it and keeps to its own.
     """
-    rng, tokenizer, train = np.random.default_rng(0), demo_tokenizer(), demo_rows()[0]
+    rng, tokenizer, train = np.random.default_rng(DEMO_SEED), demo_tokenizer(), demo_rows()[0]
     lean = {(kind, i): rng.uniform(0.25, 0.75) for kind in DEMO_KINDS for i in range(len(DEMO_CHOICES))}
 
     def example(i: int) -> tuple[list[int], list[int], list[bool]]:
@@ -2021,7 +2022,7 @@ def build_demo_teacher(folder: Path, words: bool) -> None:
     The student's text, whose choices are right or wrong by chance, is cut at a random token; the loss is on
     the rest alone. So it knows the right choice there, but would never write the student's operations.
     """
-    rng, tokenizer, train = np.random.default_rng(1), demo_tokenizer(), demo_rows()[0]
+    rng, tokenizer, train = np.random.default_rng(DEMO_SEED + 1), demo_tokenizer(), demo_rows()[0]
     ops = [tokenizer(op).input_ids[0] for pair in DEMO_CHOICES for op in pair]
 
     def example(i: int) -> tuple[list[int], list[int], list[bool]]:

@@ -495,25 +495,31 @@ def extract(rows: list[dict], ask, fits, args: Args) -> list[dict]:
 
     `ask(prompts, temperature)` gives answers; `fits(row, strategy)`: is the guided prompt short enough?
     """
-    n, prompts, questions = args.strategy_candidates, [], []
-    for row in rows:
-        prompts += [EXTRACTION_PROMPT.format(problem=row["problem"], solution=row["solution"])] * n
-    answers = iter(ask(prompts, 1.0))
-    drafts = [[judge(next(answers), row, fits) for _ in range(n)] for row in rows]
+    n = args.strategy_candidates
+    prompts = [EXTRACTION_PROMPT.format(problem=row["problem"], solution=row["solution"])
+               for row in rows for _ in range(n)]
+    answers, drafts = ask(prompts, 1.0), []
+    for k, row in enumerate(rows):
+        drafts.append([judge(answer, row, fits) for answer in answers[k * n:(k + 1) * n]])
     good = [[c for c in candidates if "rejected" not in c] for candidates in drafts]
-    for row, rivals in zip(rows, good):
-        listed = "\n\n".join(f"Strategy {k}:\n{c['strategy']}" for k, c in enumerate(rivals, 1))
-        if rivals:
-            questions.append(SCORING_PROMPT.format(n=len(rivals), problem=row["problem"],
-                                                   answer=row["answer"], strategies=listed))
-    verdicts, results = iter(ask(questions, 0.0)), []
+    rated = [k for k, rivals in enumerate(good) if rivals]
+    verdicts = ask([scoring_prompt(rows[k], good[k]) for k in rated], 0.0)
+    for k, verdict in zip(rated, verdicts):
+        for candidate, score in zip(good[k], parse_scores(verdict, len(good[k]))):
+            candidate["score"] = score
+    results = []
     for row, candidates, rivals in zip(rows, drafts, good):
-        for c, value in zip(rivals, parse_scores(next(verdicts), len(rivals)) if rivals else []):
-            c["score"] = value
         best = max(rivals, key=lambda c: c["score"] or 0, default={"strategy": None, "score": None})
         results.append({"id": row["id"], "problem": row["problem"], **best, "candidates": candidates,
                         "strategist": strategist_of(args)})
     return results
+
+
+def scoring_prompt(row: dict, rivals: list[dict]) -> str:
+    """What asks for a score of each of these candidates."""
+    listed = "\n\n".join(f"Strategy {k}:\n{c['strategy']}" for k, c in enumerate(rivals, 1))
+    return SCORING_PROMPT.format(n=len(rivals), problem=row["problem"], answer=row["answer"],
+                                 strategies=listed)
 
 
 def judge(answer: str, row: dict, fits) -> dict:
