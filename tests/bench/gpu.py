@@ -297,7 +297,7 @@ def head():
 
 def kl():
     """The exact KL of two distributions, forward and backward: flat in the number of tokens."""
-    tokens, hidden = ((128, 256), 8) if TOY else ((1024, 4096, 16384), 1536)
+    tokens, hidden = ((32, 64), 8) if TOY else ((1024, 4096, 16384), 1536)
     if sys.platform == "linux":  # malloc shall give back at once what is freed, else the peak grows
         ctypes.CDLL(None).mallopt(-3, 2 ** 20)  # M_MMAP_THRESHOLD
     model = head_of(151_936, hidden)
