@@ -33,6 +33,8 @@ LAYOUTS = {"ours": ({"problem": "p", "answer": "1", "strategy": "s", "solution":
                              {"problem": "c\np", "answer": "$2$", "solution": "t"}),
            "no context": ({"question": "p", "context": None, "final_answer": ["2"], "solution": []},
                           {"problem": "p", "answer": "2"}),
+           "empty answer": ({"problem": "p", "solution": BOXED, "answer": ""},
+                            {"problem": "p", "answer": "\\frac{1}{2}", "solution": BOXED}),
            "number as answer": ({"question": "p", "answer": 12}, {"problem": "p", "answer": "12"}),}
 
 
@@ -55,8 +57,8 @@ def test_files(tmp_path, ending):
         columns = ("problem", "answer", "solution")
         datasets.Dataset.from_list([{k: r.get(k) for k in columns} for r in raws]).to_parquet(path)
     rows = common.load_rows(str(path))
-    assert [r["problem"] for r in rows] == ["p"] * 4 and rows[2]["answer"] == "\\frac{1}{2}"
-    assert len({r["id"] for r in rows}) == 4
+    assert [r["problem"] for r in rows] == ["p"] * 5 and rows[2]["answer"] == "\\frac{1}{2}"
+    assert len({r["id"] for r in rows}) == 5
 
 
 def test_hub_data_sets(monkeypatch):
@@ -107,6 +109,13 @@ def test_real_problems(name, n):
     assert len(common.load_rows(str(path))) == n
 
 
+def test_a_row_without_an_answer_is_refused_in_a_file_and_never_right_on_the_hub():
+    proof = {"problem": "p", "solution": "Clearly.", "answer": None}
+    with pytest.raises(ValueError, match='no "answer"'):
+        common.to_row(proof)
+    assert not common.gold_is_gradable(common.to_row(proof, from_hub=True)["answer"])
+
+
 def test_model_text_is_escaped_on_the_screen():
     assert common.printable("a\x1b[31m\u202eb\nc é") == "a\\x1b[31m\\u202eb\nc é"
 
@@ -131,6 +140,17 @@ def test_a_template_that_writes_the_date_gets_a_fixed_one():
     tokenizer = small_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     assert tokenizer.decode(common.build_prompt(tokenizer, "p", "")) == "26 Jul 2024 p"
+
+
+@pytest.mark.parametrize("lead", ["", "\n", "  ", "\n  "])
+def test_a_template_is_otherwise_as_it_is_and_the_default_of_several(lead):
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = lead + tokenizer.chat_template
+    wanted = tokenizer.apply_chat_template([{"role": "user", "content": "p"}], return_dict=False,
+                                           add_generation_prompt=True)
+    assert common.build_prompt(tokenizer, "p", "") == wanted
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 1 }}"}
+    assert common.build_prompt(tokenizer, "p", "") == wanted
 
 
 # ---- flags

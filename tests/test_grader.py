@@ -86,6 +86,7 @@ y < -4x+7 ~~ y=-4x+7 ;; y \neq -4x+7 ~~ y=-4x+7 ;; 1203 ~~ 1203_4 ;; \text{Evely
 \text{Evelyn, Carla} ~~ \text{Evelyn} ;; \text{parabola} ~~ \text{ellipse} ;; \text{(B), (C)} ~~ \text{(B)}
 \text{B?} ~~ C ;; 2^{98} ~~ 2^{99} ;; \log_2 3 ~~ \log_3 2 ;; 5 \text{ feet} ~~ 5 \text{ meters}
 30 \text{ if } x>0 ~~ 30 ;; 30 \leq x \leq 31 ~~ 30 ;; 30-31 ~~ 30 ;; 30\to31 ~~ 30 ;; 30\cdot a ~~ 30
+5\text{ or six} ~~ 5 ;; 5\text{ at least} ~~ 5 ;; 5\text{ is false} ~~ 5 ;; 9 ~~ 9\text{ or more}
 \text{either 30 or 31} ~~ 30 ;; a=30,b=31 ~~ 30 ;; \text{gold} ~~ 30 ;; 30=x=31 ~~ 30 ;; E_1 ~~ E_{1}, E_{2}
 """
 
@@ -175,7 +176,7 @@ def test_odd_responses(response):
 
 
 @pytest.mark.parametrize("gold", [
-    "", "   ", r"\frac{1}{", "}{", "+", r"\frac", "1/0", None, 5, [], "9" * 5000, "$$", "=", "x=", r"\left("])
+    "", "   ", "proof", "Not found", r"\frac{1}{", "}{", "+", r"\frac", "1/0", None, 5, [], "9" * 5000, "$$", "=", "x=", r"\left("])
 def test_an_unparsable_gold_never_scores(gold):
     grader_counts()
     assert not gold_is_gradable(gold) and grade(boxed(str(gold)), gold) == 0.0
@@ -246,10 +247,11 @@ def test_a_killed_worker_is_replaced():
     assert graded_afresh(ASK) == "right"
 
 
-def test_the_worker_loads_no_torch_and_outlives_ctrl_c():
+def test_the_worker_loads_no_torch_and_outlives_a_stop():
     assert graded_afresh(ASK) == "right"
     worker = common._worker
-    worker.send_signal(signal.SIGINT)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # both go to all processes of a group
+        worker.send_signal(stop)
     assert "torch" not in Path(f"/proc/{worker.pid}/maps").read_text()
     assert graded_afresh(ASK) == "right" and common._worker is worker
 

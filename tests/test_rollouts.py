@@ -99,7 +99,7 @@ def test_the_checkpoints_generation_config_does_not_leak():
 def test_a_rollout_right_after_training_mode_equals_plain_greedy(checkpointing):
     model = small_model()
     if checkpointing:
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+        model.activation_checkpointing_enable()
     greedy = common.generate(model.eval(), Ends(), PROMPTS, 12, 0.0, 1.0)
     model.train()
     assert torch.equal(common.generate(model, Ends(), PROMPTS, 12, 0.0, 1.0), greedy)
