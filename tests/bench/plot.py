@@ -3,7 +3,13 @@
     python tests/bench/plot.py runs/a runs/b --keys reward sgpo/alpha --out curves.png
     python tests/bench/plot.py ablations.jsonl --only tgpo "tgpo --guidance rkl" --keys tgpo/mismatch
 
-RUN is a run directory, or a file of ablations.py; runs that differ by their seed alone become one curve.
+RUN is a run directory, or a file of ablations.py; runs that differ by their seed alone become one curve. The
+pictures of the README:
+
+    python tests/bench/plot.py ablations.jsonl --only grpo_baseline hpt luffy sgpo \\
+        --keys reward sgpo/alpha sgpo/p_auto --out tests/bench/sgpo.png
+    python tests/bench/plot.py ablations.jsonl --only tgpo "tgpo --guidance "{rkl,none,reverse-kl} \\
+        --keys reward tgpo/mismatch tgpo/reverse_kl_k1 --out tests/bench/tgpo.png
 """
 import argparse
 import json
