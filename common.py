@@ -1772,7 +1772,7 @@ class Endpoint:
             refuse("OPENAI_API_KEY: holds characters that no key has; set it again")
         self.client = openai.OpenAI(base_url=args.strategist, api_key=self.key, max_retries=self.RETRIES,
                                     timeout=args.strategist_timeout)
-        self.answered, self.failed = False, 0
+        self.answered, self.failed, self.refused = False, 0, set()  # refused: parameters
         self.heard, self.patience = time.monotonic(), self.PATIENCE
 
     def ask(self, prompts: Sequence[str], temperature: float) -> list[str]:
@@ -1780,13 +1780,18 @@ class Endpoint:
         return [self.answer(prompt, temperature) for prompt in prompts]
 
     def answer(self, prompt: str, temperature: float) -> str:
+        settings = {"max_tokens": self.args.strategist_max_new_tokens, "temperature": temperature}
+        settings = {name: value for name, value in settings.items() if name not in self.refused}
         try:
             choice = self.client.chat.completions.create(
                 model=self.args.strategist_model, messages=[{"role": "user", "content": prompt}],
-                max_tokens=self.args.strategist_max_new_tokens, temperature=temperature).choices[0]
+                **settings).choices[0]
             text = CUT_OFF if choice.finish_reason == "length" else choice.message.content
             text.encode()  # it is a text, of whole characters
         except self.openai.APIError as error:
+            if error.param in settings:  # OpenAI's reasoning models take neither
+                self.refused.add(error.param)
+                return self.answer(prompt, temperature)
             status = getattr(error, "status_code", 500)  # none: no connection, or no answer in time
             if status in (400, 413, 422):
                 most = sys.maxsize if self.answered else self.FAILURES

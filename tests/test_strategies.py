@@ -90,7 +90,7 @@ class Server:
     other in the choice, or "drop".
     """
 
-    def __init__(self, mishap=lambda n, prompt: None, delay=0.0):
+    def __init__(self, mishap=lambda n, prompt: None, delay=0.0, knows=("max_tokens", "temperature")):
         self.requests, self.answered, self.asked, self.busy, self.busiest = 0, Counter(), set(), 0, 0
         lock, server = threading.Lock(), self
 
@@ -112,10 +112,12 @@ class Server:
                 self.close_connection = kind == "drop"
                 if kind == "drop":
                     return
-                status = kind if isinstance(kind, int) else 200
+                strange = next((name for name in body if name not in ("model", *knows)), None)
+                status = 400 if strange else kind if isinstance(kind, int) else 200
                 choice = {"finish_reason": "stop", "message": {"content": answer_to(prompt, nth)}}
                 choice |= kind if isinstance(kind, dict) else {}
-                said = {"choices": [choice]} if status == 200 else {"error": {"message": f"bad key {key}"}}
+                said = {"choices": [choice]} if status == 200 else {
+                    "error": {"message": f"bad key {key}", "param": strange}}
                 said = kind if isinstance(kind, bytes) else json.dumps(said).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if said[:1] == b"<" else "application/json")
@@ -186,6 +188,12 @@ def test_an_endpoint_extracts_and_training_follows(extract, tmp_path, monkeypatc
     metrics = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
     assert sum(metrics[f"grader/{x}"] for x in ("right", "wrong", "no_box")) == 8  # none of the leak check's
     assert sum("guided" in sample for sample in read_jsonl(tmp_path / "run" / "samples.jsonl")) == 4
+
+
+def test_what_a_model_does_not_take_is_left_out(extract, tmp_path):
+    with Server(knows=()) as server:
+        assert "8 of 8" in extract(server, threads=1)
+    assert server.requests == 6 * 8 + 2 and {len(asked) for asked in server.asked} == {6, 5, 4}
 
 
 def test_what_may_pass_is_tried_again(extract, tmp_path):
