@@ -264,39 +264,30 @@ def test_any_thread_may_grade():
     assert rewards == [1.0, 0.0] * 6
 
 
-def start_script(folder: Path, text: str) -> subprocess.Popen:
-    """A script without a main guard, in a folder with a module that must not be imported from there."""
-    (folder / "sympy.py").write_text("raise SystemExit('imported from the current directory')")
-    (folder / "user.py").write_text(textwrap.dedent(f"""
+def test_a_script_without_a_main_guard_its_fork_and_no_orphan_after_sigkill(tmp_path):
+    """In a folder with a module that must not be imported from there; the fork has a worker of its own."""
+    (tmp_path / "sympy.py").write_text("raise SystemExit('imported from the current directory')")
+    (tmp_path / "user.py").write_text(textwrap.dedent(f"""
         import os, sys, time
         sys.path[0] = {str(HERE)!r}
         import common
         open("runs", "a").write("x")
         right = lambda: common._ask_worker.cache_clear() or common.grade{ASK!r} == 1.0
         assert right()
-        """) + textwrap.dedent(text))
-    return subprocess.Popen([sys.executable, "user.py"], cwd=folder, stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": ""})
-
-
-def test_a_script_without_a_main_guard_and_no_orphan_after_sigkill(tmp_path):
-    parent = start_script(tmp_path, "print(common._worker.pid, flush=True); time.sleep(60)")
-    pid = int(parent.stdout.readline())
-    assert Path(f"/proc/{pid}").exists() and (tmp_path / "runs").read_text() == "x"
-    parent.kill()
-    assert soon_dead(pid)
-    parent.communicate()
-
-
-def test_a_forked_child_has_a_worker_of_its_own(tmp_path):
-    parent = start_script(tmp_path, """
         mine, pid = common._worker.pid, os.fork()
         ok = right() and (common._worker.pid == mine) == (pid > 0)
         if pid == 0:
             os._exit(not ok)
-        print(ok and os.waitpid(pid, 0)[1] == 0, flush=True)
-        """)
-    assert parent.communicate(timeout=60)[0].split() == ["True"]
+        print(ok and os.waitpid(pid, 0)[1] == 0, mine, flush=True)
+        time.sleep(60)
+        """))
+    parent = subprocess.Popen([sys.executable, "user.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": ""})
+    ok, pid = parent.stdout.readline().split()
+    assert ok == "True" and Path(f"/proc/{pid}").exists() and (tmp_path / "runs").read_text() == "x"
+    parent.kill()
+    assert soon_dead(int(pid))
+    parent.communicate()
 
 
 # ---- does a strategy give the answer away?
