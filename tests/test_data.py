@@ -153,6 +153,17 @@ def test_a_template_is_otherwise_as_it_is_and_the_default_of_several(lead):
     assert common.build_prompt(tokenizer, "p", "") == wanted
 
 
+def test_a_tokenizer_gets_a_pad_token_and_must_have_an_end_token(tmp_path, capsys):
+    tokenizer = small_tokenizer(pad=None)
+    tokenizer.save_pretrained(tmp_path)
+    assert common.load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path))
+    assert "has no end token" in capsys.readouterr().err
+
+
 # ---- flags
 
 def test_flag_files_and_spellings(model_dirs, rows_file, tmp_path, run_script):
