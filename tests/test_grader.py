@@ -176,7 +176,8 @@ def test_odd_responses(response):
 
 
 @pytest.mark.parametrize("gold", [
-    "", "   ", "proof", "Not found", r"\frac{1}{", "}{", "+", r"\frac", "1/0", None, 5, [], "9" * 5000, "$$", "=", "x=", r"\left("])
+    "", "   ", "proof", "Not found", r"\frac{1}{", "}{", "+", r"\frac", "1/0", None, 5, [],
+    "9" * 5000, "$$", "=", "x=", r"\left("])
 def test_an_unparsable_gold_never_scores(gold):
     grader_counts()
     assert not gold_is_gradable(gold) and grade(boxed(str(gold)), gold) == 0.0

@@ -450,7 +450,8 @@ def refused(run, capsys):
     ("--topk 261: student and teacher share 260 tokens", "--topk 261"), ("'x'", "--reward_weight x"),
     ("--coefficient is -1", "--coefficient -1"), ("--coefficient is nan", "--coefficient nan"),
     ("--coefficient_fall is -1", "--coefficient_fall -1"), ("--entropy_bonus is -1", "--entropy_bonus -1"),
-    ("--measure_divergence is -1", "--measure_divergence -1"), ("ask for 2 or", "--measure_divergence 1"), ("200", "--max_new_tokens 180"),
+    ("--measure_divergence is -1", "--measure_divergence -1"), ("for 2 or", "--measure_divergence 1"),
+    ("200", "--max_new_tokens 180"),
     ("--updates_per_rollout 4", "--updates_per_rollout 4"), ("moon", "--teacher_device moon"),
     ("--teacher ./missing: no such directory", "--teacher ./missing")])
 def test_bad_flags(said, flags, refused):
