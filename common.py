@@ -109,7 +109,8 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except (torch.OutOfMemoryError, MemoryError):  # never retried: FSDP2 is broken after half a backward
             refuse("out of memory: lower --microbatch_tokens (training) or --generation_batch_size "
-                   "(sampling), or add --activation_checkpointing or --cpu_offload, and go on", any_rank=True)
+                   "(sampling), or add --activation_checkpointing or --cpu_offload (for a teacher: "
+                   "--teacher_device or --teacher_offload), and go on", any_rank=True)
         except BrokenPipeError:  # python sgpo.py | head
             os._exit(1)
         except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
@@ -822,21 +823,28 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> float | None:
 def choose_memory(args: Any, card: float | None = None) -> str:
     """Switch --activation_checkpointing and --cpu_offload on where they are left open and the card is small.
 
-    A process needs 16 bytes a parameter for fp32 weights, gradients and Adam, shared with the others, and 2
-    for the bf16 copy that samples. Above an eighth of the card activations are computed again in backward;
-    above three quarters all but the copy rests in CPU memory. -> the plan's line
+    A process needs 16 bytes per parameter for fp32 weights, gradients and Adam, shared with the others, and 2
+    for the bf16 copy that samples; 2 for a teacher's on the same card, shared. Above an eighth of the card
+    activations are computed again in backward; above three quarters all but the copy rests in CPU memory.
+    -> the plan's line
     """
-    config = AutoConfig.from_pretrained(model_path(args.model))
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    def parameters(name: str, flag: str) -> int:
+        config = AutoConfig.from_pretrained(model_path(name, flag))
+        with torch.device("meta"):
+            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
     if card is None:
         card = torch.cuda.get_device_properties(0).total_memory if ON_GPU else float("inf")
-    need = 16 * parameters / world() + 2 * parameters
+    own, teachers = parameters(args.model, "--model"), 0
+    if getattr(args, "teacher", None) and not args.teacher_device:
+        teachers = parameters(args.teacher, "--teacher")
+    need = 16 * own / world() + 2 * own + 2 * teachers / world()
     if args.activation_checkpointing is None:
         args.activation_checkpointing = need > card / 8
     if args.cpu_offload is None:
         args.cpu_offload = need > 0.75 * card
-    line = f"{need / 1e9:.3g} GB per process for {parameters / 1e6:,.4g}M weights, gradients, Adam, bf16 copy"
+    line = f"{need / 1e9:.3g} GB per process for {own / 1e6:,.4g}M weights, gradients, Adam, bf16 copy"
+    line += f", the teacher's {teachers / 1e6:,.4g}M" if teachers else ""
     line += f"; the card has {card / 1e9:.3g} GB" if card < float("inf") else ""
     chosen = [f"; --{name}" for name in ("activation_checkpointing", "cpu_offload") if getattr(args, name)]
     return line + "".join(chosen)

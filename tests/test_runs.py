@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import grpo_baseline
 import sgpo
+import tgpo
 from conftest import (ROOT, SHARED, Child, read_jsonl, same_runs, same_weights, small_tokenizer, undo,
                       whole_run_for_real, write_rows)
 
@@ -384,7 +385,7 @@ def test_out_of_memory_is_one_line_and_nothing_is_retried(train, capsys, monkeyp
 
 
 def test_memory_rule(model_dirs):
-    """16 bytes a parameter for what training holds, 2 for the copy that samples; the user's word stands."""
+    """16 bytes per parameter for what training holds, 2 for the copy that samples; the user's word stands."""
     def chosen(card: float, **flags) -> tuple[bool, bool]:
         args = sgpo.Args(model=str(model_dirs["qwen2"]), **flags)
         common.choose_memory(args, card)
@@ -393,6 +394,12 @@ def test_memory_rule(model_dirs):
     need = 18 * sum(p.numel() for p in common.load_model(str(model_dirs["qwen2"])).parameters())
     assert chosen(9 * need) == (False, False) and chosen(3 * need) == (True, False)
     assert chosen(1.1 * need) == (True, True) and chosen(1.1 * need, cpu_offload=False) == (True, False)
+    more = 2 * sum(p.numel() for p in common.load_model(str(model_dirs["llama"])).parameters())
+    for device, offloads in ((None, True), ("cuda:1", False)):  # a teacher on the card counts
+        models = {"model": str(model_dirs["qwen2"]), "teacher": str(model_dirs["llama"])}
+        args = tgpo.Args(**models, teacher_device=device)
+        said = common.choose_memory(args, (need + more / 2) / 0.75)
+        assert args.cpu_offload == offloads and ("the teacher's" in said) == offloads
 
 
 # ---- the scripts' common text
