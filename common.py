@@ -1257,9 +1257,8 @@ def sft_warmup(model, tokenizer, rows: list[dict], run: Run, args: Any) -> None:
         write_atomic(best / "warmup.json", json.dumps(about, indent=2) + "\n")
         shutil.rmtree(unfinished)
     barrier()
-    first, last = losses[0]["validation"], kept["validation"]
-    print(f"warm-up: {len(rows)} problems, validation loss {first:.3f} -> {last:.3f} "
-          f"(epoch {kept['epoch']} of {args.warmup_epochs}) -> {best}")
+    print(f"warm-up: {len(rows)} problems, validation loss {losses[0]['validation']:.3f} -> "
+          f"{kept['validation']:.3f} (epoch {kept['epoch']} of {args.warmup_epochs}) -> {best}")
 
 
 # ---------------------------------------------------------------- rewards
