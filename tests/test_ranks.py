@@ -220,26 +220,18 @@ def test_dealing_and_gathering():
     in_processes(3, dealt_and_gathered, [2, 5, 7])
 
 
-# ---- torchrun
-
-def torchrun(n, script, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone"]
-    return subprocess.Popen([*command, str(ROOT / f"{script}.py"), *map(str, argv)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
-
-
-def test_torchrun_from_raw_rows_with_a_warm_up(model_dirs, tmp_path):
+def test_from_raw_rows_with_a_warm_up(model_dirs, tmp_path):
     """A process without a held-out row waits for nobody."""
     rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
             for i in range(12)]
     data, run = write_rows(tmp_path / "raw.jsonl", rows), tmp_path / "run"
     one = write_rows(tmp_path / "one.jsonl", rows[:1])
-    process = torchrun(2, "sgpo", "--model", model_dirs["qwen2"], "--dataset", data, "--eval_dataset", one,
-                       "--eval_samples", 1, "--steps", 1, "--prompts_per_step", 2, "--group_size", 2,
-                       "--guided_group_size", 2, "--max_new_tokens", 30, "--warmup_epochs", 2,
-                       "--strategy_candidates", 2, "--strategist_max_new_tokens", 8, "--out", run)
-    said, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, said + errors
+    argv = ["--model", model_dirs["qwen2"], "--dataset", data, "--eval_dataset", one, "--eval_samples", 1,
+            "--steps", 1, "--prompts_per_step", 2, "--group_size", 2, "--guided_group_size", 2,
+            "--max_new_tokens", 30, "--warmup_epochs", 2, "--strategy_candidates", 2,
+            "--strategist_max_new_tokens", 8, "--out", run]
+    assert in_processes(2, whole_run_for_real, "sgpo", argv, said=tmp_path / "said") == [0, 0]
+    said = (tmp_path / "said").read_text()
     assert said.count("plan") == 1 and said.count("model: ") == 1
     assert "strategies found" in said and "warm-up: 4 problems" in said
     assert len(read_jsonl(run / "strategies.jsonl")) == 8
@@ -249,14 +241,19 @@ def test_torchrun_from_raw_rows_with_a_warm_up(model_dirs, tmp_path):
     assert len(read_jsonl(run / "samples.jsonl")) == 4
 
 
+# ---- torchrun
+
 def rank_of(pid: int) -> int | None:
     found = re.search(rb"\0RANK=(\d)", open(f"/proc/{pid}/environ", "rb").read())
     return int(found[1]) if found else None
 
 
 def test_when_a_process_dies_all_end_and_one_says_so(argv_of, tmp_path):
-    process = torchrun(2, "grpo_baseline", *argv_of("grpo_baseline", "--steps", 10 ** 6, "--save_every", 2,
-                                                    "--out", tmp_path / "run"))
+    argv = argv_of("grpo_baseline", "--steps", 10 ** 6, "--save_every", 2, "--out", tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(ROOT / "grpo_baseline.py"), *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True)
     while not any((tmp_path / "run" / "checkpoints").glob("step_??????")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
