@@ -72,7 +72,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoi
 def refuse(message: str, any_rank: bool = False) -> NoReturn:
     """Every input that is not accepted ends here: one line on stderr, exit code 2, no traceback.
 
-    Where all processes come here the first one says it. `any_rank`: whichever comes here.
+    Where all processes come here the first one says it. `any_rank`: whichever comes here says it.
     """
     if rank() == 0 or any_rank:
         print("error: " + printable(" ".join(str(message).split())), file=sys.stderr)
@@ -138,7 +138,7 @@ class Stop:
             print("stopped", file=sys.stderr, flush=True)
             os._exit(130)
         Stop.asked = True
-        soon = "; torchrun kills after its --shutdown_timeout, 30 s" if dist.is_initialized() else ""
+        soon = "; torchrun kills after its --shutdown_timeout, 30 s" if "WORLD_SIZE" in os.environ else ""
         print(f"\nstopping: what is done will be saved (once more: at once){soon}", file=sys.stderr)
 
 
@@ -429,6 +429,7 @@ BENCHMARKS = {  # name: hub id, config, split; another hub id has its default co
     "minerva": ("math-ai/minervamath", None, "test"),
     "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
 }
+NO_ANSWER = "notfound"  # NuminaMath's word
 DAPO_WRAPPER = re.compile(r"^Solve the following math problem step by step\. The last line.*?\n\n(.*?)\n\n"
                           r"Remember to put your answer.*$", re.DOTALL)
 
@@ -482,7 +483,9 @@ def load_rows(source: str) -> list[dict]:
             refuse(f"{place}: layout not recognised: {error!r}")
         row.setdefault("id", str(len(rows)))
         rows.append(row)
-    return rows or refuse(f"{source}: no rows in it")
+    if all(row["answer"] == NO_ANSWER for row in rows):
+        refuse(f"{source}: " + ('no row has an "answer"' if rows else "no rows in it"))
+    return rows
 
 
 def raw_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -536,7 +539,7 @@ def to_row(raw: dict, from_hub: bool = False) -> dict:
     if answer in (None, "") and isinstance(solution, str):  # MATH: the gold is the solution's box
         answer = extract_answer(solution)
     if answer in (None, "") and from_hub:
-        answer = "notfound"  # NuminaMath's own word
+        answer = NO_ANSWER
     if isinstance(answer, list) and len(answer) == 1:
         answer = answer[0]
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -661,6 +664,8 @@ def load_tokenizer(name: str, flag: str = "--model"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer("1 + 1 = 2").input_ids:  # a directory without one can give an empty shell
             raise ValueError("it has no vocabulary: save one beside the weights")
+        if tokenizer.chat_template:
+            tokenizer.get_chat_template()  # of several, one must be the default
     except Exception as error:  # which of a dozen kinds depends on what is missing
         refuse(f"{flag} {name}: no tokenizer can be loaded from it ({first_line(error)})")
     if tokenizer.eos_token_id is None:
@@ -825,18 +830,21 @@ def choose_memory(args: Any, card: float | None = None) -> str:
 
     A process needs 16 bytes per parameter for fp32 weights, gradients and Adam, shared with the others, and 2
     for the bf16 copy that samples; 2 for a teacher's on the same card, shared. Above an eighth of the card
-    activations are computed again in backward; above three quarters all but the copy rests in CPU memory.
-    -> the plan's line
+    activations are computed again in backward; above three quarters all but copy and teacher rests in CPU
+    memory. -> the plan's line
     """
     def parameters(name: str, flag: str) -> int:
-        config = AutoConfig.from_pretrained(model_path(name, flag))
-        with torch.device("meta"):
-            return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        try:
+            config = AutoConfig.from_pretrained(model_path(name, flag))
+            with torch.device("meta"):
+                return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        except Exception as error:
+            refuse(f"{flag} {name}: no causal language model can be loaded from it ({first_line(error)})")
 
     if card is None:
         card = torch.cuda.get_device_properties(0).total_memory if ON_GPU else float("inf")
     own, teachers = parameters(args.model, "--model"), 0
-    if getattr(args, "teacher", None) and not args.teacher_device:
+    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
         teachers = parameters(args.teacher, "--teacher")
     need = 16 * own / world() + 2 * own + 2 * teachers / world()
     if args.activation_checkpointing is None:
@@ -1787,7 +1795,8 @@ class Endpoint:
         return [self.answer(prompt, temperature) for prompt in prompts]
 
     def answer(self, prompt: str, temperature: float) -> str:
-        settings = {"max_tokens": self.args.strategist_max_new_tokens, "temperature": temperature}
+        limit = "max_completion_tokens" if "max_tokens" in self.refused else "max_tokens"
+        settings = {limit: self.args.strategist_max_new_tokens, "temperature": temperature}
         settings = {name: value for name, value in settings.items() if name not in self.refused}
         try:
             choice = self.client.chat.completions.create(
@@ -1796,7 +1805,8 @@ class Endpoint:
             text = CUT_OFF if choice.finish_reason == "length" else choice.message.content
             text.encode()  # it is a text, of whole characters
         except self.openai.APIError as error:
-            if error.param in settings:  # OpenAI's reasoning models take neither
+            unsupported = error.code in ("unsupported_parameter", "unsupported_value")
+            if unsupported and error.param in settings:  # by OpenAI's reasoning models
                 self.refused.add(error.param)
                 return self.answer(prompt, temperature)
             status = getattr(error, "status_code", 500)  # none: no connection, or no answer in time
@@ -2062,7 +2072,8 @@ def build_demo_teacher(folder: Path, words: bool) -> None:
 def _built_once(name: str, build: Callable[..., None], *recipe: Any) -> Path:
     """Directory of a built-in model, made at the first call and kept under a name made of how it is made."""
     _, section, *_ = re.split("\n# -+ the (?:built-in demo|math grader)\n", Path(__file__).read_text("utf-8"))
-    source = section + inspect.getsource(build_prompt) + repr((recipe, DEMO_STEPS, DEMO_TEACHER_STEPS))
+    settings = recipe, DEMO_STEPS, DEMO_TEACHER_STEPS, DEMO_SEED
+    source = section + inspect.getsource(build_prompt) + repr(settings)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgpo-tgpo"
     final = cache / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if not final.exists():
@@ -2164,9 +2175,9 @@ def _number(text: str) -> Fraction | None:
         return None
 
 
-_HEDGE = r"(?![^}]*\b(?:not|maybe|wrong|if|or|is|false|at|than|least|most|more|less)\b)"  # 5\text{ or 6}
+_HEDGE = r"(?! ?,|[^}]*\b(?:not|maybe|wrong|if|or|is|than|at (?:least|most))\b)"  # 5\text{ or 6}
 _UNIT = re.compile(  # at the end, behind a quantity: a percent sign, \text{..}, or bare if it is well known
-    rf"(?<=[0-9}})i])(?:\\%|(?:\\text\{{{_HEDGE}(?:[a-zA-Z ./()*-]|\^\{{-?[1-3]\}})+"
+    rf"(?<=[0-9}})i])(?:\\%|(?:\\text\{{{_HEDGE}(?:[a-zA-Z .,/()*-]|\^\{{-?[1-3]\}})+"
     r"\}(?:\^\{-?[1-3]\})?)+| ?(?:dollars?|USD|cents?|[ckm]m|in|inches|feet|ft|kg)(?:\^\{[23]\})?)$")
 
 
@@ -2300,7 +2311,7 @@ def _outcome(answer: str, gold: str) -> str:
 def gold_is_gradable(gold: str) -> bool:
     """Can this gold answer be read? If not, the row is a data error and no answer to it scores."""
     try:
-        if gold.strip().casefold() in ("proof", "notfound", "not found"):  # NuminaMath: there is none
+        if gold.strip().casefold() in ("proof", "not found", NO_ANSWER):  # there is none
             return False
         gold = _split_unit(_clean(gold))[0] if len(gold) <= MAX_ANSWER else ""
         return bool(_number(gold) is not None or _words(gold) or _ask_worker(gold, gold) == "right")

@@ -325,7 +325,7 @@ def evaluate(args: Args) -> None:
     if lost := outcomes["timeouts"] + outcomes["crashes"]:
         print(f"warning: the grader gave up on {lost} answers, which count as wrong")
     for title in parts:
-        alone = results[title.removesuffix(" guided")] if title.endswith(" guided") else None
+        alone = results.get(title.removesuffix(" guided")) if title.endswith(" guided") else None
         results[title] = summarize(done[title], alone, args.seed)
     write_atomic(out / "results.json", json.dumps({**config, "results": results}, indent=2) + "\n")
     show(results)

@@ -249,7 +249,7 @@ class Advice:
     top_logits: Tensor  # [N, C, k]
 
     def rows(self, batch: list[int]) -> "Advice":
-        """Of some rows, [n, C]."""
+        """The advice of some rows, [n, C]."""
         return Advice(*[x[batch] for x in vars(self).values()])
 
 

@@ -109,11 +109,16 @@ def test_real_problems(name, n):
     assert len(common.load_rows(str(path))) == n
 
 
-def test_a_row_without_an_answer_is_refused_in_a_file_and_never_right_on_the_hub():
+def test_a_row_without_an_answer_is_refused_in_a_file_and_never_right_on_the_hub(monkeypatch, capsys):
     proof = {"problem": "p", "solution": "Clearly.", "answer": None}
     with pytest.raises(ValueError, match='no "answer"'):
         common.to_row(proof)
     assert not common.gold_is_gradable(common.to_row(proof, from_hub=True)["answer"])
+    strange = [("row 1", {"problem": "p", "expected_answer": "1"})]
+    monkeypatch.setattr(common, "raw_rows", lambda source: strange)
+    with pytest.raises(SystemExit):
+        common.load_rows("some/set")
+    assert 'error: some/set: no row has an "answer"' in capsys.readouterr().err
 
 
 def test_model_text_is_escaped_on_the_screen():
@@ -162,6 +167,11 @@ def test_a_tokenizer_gets_a_pad_token_and_must_have_an_end_token(tmp_path, capsy
     with pytest.raises(SystemExit):
         common.load_tokenizer(str(tmp_path))
     assert "has no end token" in capsys.readouterr().err
+    tokenizer.chat_template = {"rag": tokenizer.chat_template}
+    tokenizer.save_pretrained(tmp_path / "named")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "named"))
+    assert "no tokenizer can be loaded from it" in capsys.readouterr().err
 
 
 # ---- flags

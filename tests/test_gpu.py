@@ -118,7 +118,7 @@ def test_one_process_of_torchrun_on_a_card(model_dirs, rows_file, tmp_path, run_
 
 @pytest.mark.parametrize("limit, room", [(None, True), ("max", True), ("1000", False)])
 def test_host_memory_is_pinned_where_there_is_room_for_it(limit, room, tmp_path, monkeypatch):
-    """24 bytes a parameter within 0.8 of the machine's memory or of its container's."""
+    """24 bytes per parameter within 0.8 of the machine's memory or of its container's."""
     monkeypatch.setattr(common, "Path", lambda _: tmp_path / "memory.max")
     if limit:
         (tmp_path / "memory.max").write_text(limit + "\n")

@@ -21,6 +21,7 @@ HERE = Path(common.__file__).resolve().parent
 
 # An answer, two tildes, a gold; pairs apart by two semicolons. These are right ...
 RIGHT = r"""
+3 ~~ 3 \text{ more} ;; 5 \text{ mL at STP} ~~ 5 ;; 30 \text{ boys and girls} ~~ 30 ;; 18 \text{ more} ~~ 18
 \emptyset ~~ \varnothing ;; 62.5\% ~~ 62.5 \text{ percent} ;; 2\text{ and }3 ~~ 2,3 ;; 2:00 ~~ 2:00
 5\% ~~ 0.05 ;; 62.5\% ~~ 62.5 ;; 0.625 ~~ 62.5\% ;; \dfrac{5}{8} ~~ 62.5\% ;; 42 000 ~~ 42000 ;; 90° ~~ 90
 42,000 ~~ 42000 ;; \varnothing ~~ \emptyset ;; 62.5 \text{ percent} ~~ 62.5\% ;; 62.5 ~~ 62.5\% ;; YES ~~ Yes
@@ -86,7 +87,8 @@ y < -4x+7 ~~ y=-4x+7 ;; y \neq -4x+7 ~~ y=-4x+7 ;; 1203 ~~ 1203_4 ;; \text{Evely
 \text{Evelyn, Carla} ~~ \text{Evelyn} ;; \text{parabola} ~~ \text{ellipse} ;; \text{(B), (C)} ~~ \text{(B)}
 \text{B?} ~~ C ;; 2^{98} ~~ 2^{99} ;; \log_2 3 ~~ \log_3 2 ;; 5 \text{ feet} ~~ 5 \text{ meters}
 30 \text{ if } x>0 ~~ 30 ;; 30 \leq x \leq 31 ~~ 30 ;; 30-31 ~~ 30 ;; 30\to31 ~~ 30 ;; 30\cdot a ~~ 30
-5\text{ or six} ~~ 5 ;; 5\text{ at least} ~~ 5 ;; 5\text{ is false} ~~ 5 ;; 9 ~~ 9\text{ or more}
+5\text{, 6} ~~ 5 ;; 5\text{ or six} ~~ 5 ;; 5\text{ at least} ~~ 5 ;; 5\text{ is false} ~~ 5
+9 ~~ 9\text{ or more}
 \text{either 30 or 31} ~~ 30 ;; a=30,b=31 ~~ 30 ;; \text{gold} ~~ 30 ;; 30=x=31 ~~ 30 ;; E_1 ~~ E_{1}, E_{2}
 """
 

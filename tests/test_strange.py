@@ -59,7 +59,8 @@ FLAGS = {  # of sgpo.py
     "--dataset solved.jsonl --warmup_frac 1": "1.0 leaves no problem for RL", "--model bare": "no tokenizer",
     "--model ./missing": "no such directory", "--model nans": "its weights are not finite",
     "--model demo": "/proc/nowhere/sgpo-tgpo: the demo cannot be built there (No such file or directory)",
-    "--model half": "no causal language model can be loaded", "--max_prompt_tokens 3": "none of its rows can",
+    "--model half": "no causal language model can be loaded", "--model t5": "no causal language model can be",
+    "--max_prompt_tokens 3": "none of its rows can",
     "--reward missing.py:f": "--reward missing.py:f", "--reward reward.py:odd": "no attribute 'odd'",
     "--out foreign": "holds no results", "--out foreign/thesis.tex": "cannot be used",
     "--out /proc/x": "cannot", "--out config": "its config.json is not one of ours",
@@ -133,6 +134,8 @@ def place(tmp_path_factory):
     write("reward.py", even)
     write("foreign/thesis.tex", '{"problem": "p", "strategy": "s"}\nprecious\n')
     write("config/config.json", '{"model_type": "qwen2"}')
+    small_tokenizer().save_pretrained(place / "t5")
+    write("t5/config.json", '{"model_type": "t5"}')
     write("broken.parquet", "no")
     write("empty", "\n")
     return place

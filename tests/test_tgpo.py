@@ -270,7 +270,7 @@ SEEN = {}  # first gradients of the settings so far
     ("tgpo", dict(loss_type="grpo")), ("kdrl", dict(loss_type="dr_grpo")), ("tgpo", dict(reward_weight=0.0)),
     ("rkl", dict(reward_weight=0.5)), ("tgpo", dict(entropy_bonus=0.05)), ("none", dict(entropy_bonus=0.05)),
     ("tgpo", dict(coef=0.1)), *[(g, dict(temperature=0.7)) for g in ("tgpo", "kdrl", "reverse-kl")],
-    *[(g, dict(own_end=True)) for g in ("tgpo", "kdrl", "reverse-kl")],
+    *[(g, dict(teacher_end=True)) for g in ("tgpo", "kdrl", "reverse-kl")],
     *[(g, dict(updates_per_rollout=2, lr=0.3, clip_high=0.28))
       for g in ("none", "tgpo", "tgpo-adv", "rkl", "kdrl")],
     ("tgpo-adv-matched", dict(updates_per_rollout=3, lr=0.3, loss_type="grpo"))])
@@ -279,7 +279,7 @@ def test_update_gradient_is_the_papers(guidance, flags, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "multinomial", lambda p, n: p.topk(2).indices[:, 1:])
     name, flags = " ".join([guidance, *map(str, flags.items())]), dict(flags)
     coef, lr = flags.pop("coef", 0.3), flags.pop("lr", 0.0)
-    ends = (257, row(0)[1][0]) if flags.pop("own_end", False) else SAME_END
+    ends = (257, row(0)[1][0]) if flags.pop("teacher_end", False) else SAME_END
     grads, metrics = updated(guidance, coef, lr, ends, **flags)
     (model, teacher), (old, _), args, losses, dropped = models(), models(), args_of(guidance, **flags), [], 0
     rows = np.arange(B * G).reshape(B, G)
@@ -377,12 +377,12 @@ def test_other_widths_and_end_tokens_train(guidance, pair, run):
     assert not same_weights(pair[0], out / "model")
 
 
-@pytest.mark.parametrize("ends, own_end, others", [([257], 258, [258]), ([257, 258], 257, [])])
-def test_the_ends_of_a_real_pair(ends, own_end, others, pair):
+@pytest.mark.parametrize("ends, teacher_end, others", [([257], 258, [258]), ([257, 258], 257, [])])
+def test_the_ends_of_a_real_pair(ends, teacher_end, others, pair):
     """Where the student stops at the teacher's end, too, that stays what it is."""
     tokenizers = (common.load_tokenizer(str(folder)) for folder in pair)
     teacher = tgpo.Teacher(args_of(teacher=str(pair[1])), *tokenizers, ends)
-    assert (teacher.shared, teacher.student_end, teacher.teacher_end) == (260, 257, own_end)
+    assert (teacher.shared, teacher.student_end, teacher.teacher_end) == (260, 257, teacher_end)
     assert teacher.other_ends == others
     assert not any(p.requires_grad for p in teacher.model.parameters())
 

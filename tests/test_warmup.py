@@ -130,8 +130,8 @@ def flags(tmp_path, model_dirs):
 
 
 def test_three_scripts_start_from_one_warm_up_and_train_on_other_rows(flags, tmp_path, run_script, capsys):
-    args, score = args_of(warmup_frac=0.33, max_new_tokens=40), common.load_reward(None)
-    taught = {row["id"] for row in common.warmup_split(ROWS, small_tokenizer(), score, args)[0]}
+    args, reward = args_of(warmup_frac=0.33, max_new_tokens=40), common.load_reward(None)
+    taught = {row["id"] for row in common.warmup_split(ROWS, small_tokenizer(), reward, args)[0]}
     for script in ("sgpo", "grpo_baseline", "tgpo"):
         out, more = tmp_path / "runs" / script, ["--guidance", "none"] * (script == "tgpo")
         assert run_script(script, *flags, *more, "--warmup_frac", 0.33, "--steps", 6, "--out", out) == 0

@@ -61,7 +61,7 @@ def place(out: Path) -> str:
     if "generations" in lines:
         return f"completion {lines['generations']}"
     if lines:
-        evaluating = lines.get("samples", 0) // 9 == lines["metrics"]  # 9 samples a step, and step 0 has none
+        evaluating = lines.get("samples", 0) // 9 == lines["metrics"]  # 9 per step, and step 0 has none
         return f"step {lines['metrics']}" + ", its evaluation or save" * evaluating
     return "first evaluation" if (out / "warmup").exists() else "warm-up" if out.exists() else "nothing yet"
 

@@ -24,8 +24,8 @@ import sgpo  # noqa: E402
 class Target:
     title: str
     tokens: list[str]
-    d: list[float]      # nats, one a token
-    likely: list[str]   # what hovering shows, one a token
+    d: list[float]      # nats, one per token
+    likely: list[str]   # what hovering shows, one per token
 
 
 @torch.no_grad()
