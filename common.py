@@ -657,9 +657,9 @@ def look_for_hub() -> None:
 
 def load_tokenizer(name: str, flag: str = "--model"):
     """The tokenizer of a hub id or local directory; a pad token is chosen where there is none."""
-    path = model_path(name, flag)
-    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not os.path.isdir(name) and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         refuse(f"{flag} {name}: no such directory")
+    path = model_path(name, flag)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if not tokenizer("1 + 1 = 2").input_ids:  # a directory without one can give an empty shell
