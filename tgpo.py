@@ -291,12 +291,10 @@ class Teacher:
         """Its logits [m, V_T] and the student's tokens [m] -> the fields of Advice."""
         logits = self.align(logits)
         shared, ends = logits[:, :self.shared], torch.tensor(self.other_ends, device=logits.device)
-        best, k = logits.argmax(-1), 0
-        if self.args.guidance in ("tgpo-topk", "reverse-kl"):
-            k = self.args.topk or 0
+        best = logits.argmax(-1)
         labels = logits.softmax(-1).multinomial(1)[:, 0] if self.args.guidance == "tgpo-sampled" else best
         best, labels = (torch.where(torch.isin(y, ends), self.student_end, y) for y in (best, labels))
-        top = shared.topk(k)
+        top = shared.topk(self.args.topk or 0)
         labels = torch.where(labels < self.shared, labels, -1)
         return labels, chosen_logps(shared, ids), best == ids, top.indices, top.values
 

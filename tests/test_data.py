@@ -2,6 +2,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 import common
@@ -248,3 +249,9 @@ def test_the_demo_builds_runs_and_ends_with_its_table(tmp_path, run_script, caps
     assert run_script("grpo_baseline", "--steps", 0, *tiny, "--out", tmp_path / "again") == 0
     said = capsys.readouterr().out
     assert "building" not in said and "guided" not in said  # from the cache; the baseline knows no strategy
+    seeds, true = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or true(seed))
+    monkeypatch.setattr(common, "DEMO_SEED", 1)
+    other = common.load_model(str(common.demo_dir())).state_dict()
+    mine = common.load_model(str(tmp_path / "again" / "model")).state_dict()
+    assert 1 in seeds and max((mine[name] - other[name]).abs().max() for name in mine) > 0.05

@@ -370,11 +370,19 @@ def test_models_that_break_what_is_taken_for_granted_are_refused(tmp_path, monke
         logits = true(*args, **kwargs).logits
         return type("Output", (), {"logits": logits + model.training * torch.randn_like(logits)})
 
-    for forward, said in ((capped, "changes its logits after lm_head"), (noisy, "otherwise in train mode")):
+    def rounded(*args, **kwargs):
+        return type("Output", (), {"logits": true(*args, **kwargs).logits + 0.01})
+
+    changed = "changes its logits after lm_head"
+    for forward, said in ((capped, changed), (noisy, "otherwise in train mode"), (rounded, changed)):
         monkeypatch.setattr(model, "forward", forward)
-        with pytest.raises(SystemExit):
-            common.load_model("some")
-        assert said in capsys.readouterr().err
+        for dtype in (torch.float32, torch.bfloat16):
+            if forward is rounded and dtype == torch.bfloat16:  # no more than that
+                common.load_model("some", dtype=dtype)
+                continue
+            with pytest.raises(SystemExit):
+                common.load_model("some", dtype=dtype)
+            assert said in capsys.readouterr().err
 
 
 def test_dropout_that_no_module_holds_is_switched_off(tmp_path):

@@ -313,6 +313,9 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: calls.append(1) or 1 / 0)
     common.look_for_hub.cache_clear()
+    with pytest.raises(SystemExit):
+        common.load_tokenizer("./missing")
+    assert not calls  # a path is no hub id
     for _ in range(2):
         assert common.model_path("some/model") == "some/model"
     assert len(calls) == 1 and common.huggingface_hub.constants.HF_HUB_OFFLINE
