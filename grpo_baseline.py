@@ -1,62 +1,62 @@
 """GRPO (Group Relative Policy Optimization): the baseline that sgpo.py and tgpo.py are measured against.
 
-For every problem the model writes a group of solutions; a verifier gives each a reward; a solution's
-advantage is how much better it did than its group; tokens of better solutions are made likelier by a clipped
-policy gradient. No value network, no KL to a reference model.
+For every problem the model writes a group of solutions, and a verifier gives each a reward. The advantage of
+a solution is how much better it did than its group. A clipped policy gradient makes the tokens of better
+solutions likelier. There is no value network and no KL to a reference model.
 
-    python grpo_baseline.py                                        # the built-in demo: CPU, offline, minutes
+    python grpo_baseline.py                                        # the built-in demo: CPU, offline, a minute
     python grpo_baseline.py --model Qwen/Qwen2.5-1.5B-Instruct     # real problems
 
-Papers: DeepSeekMath (arXiv 2402.03300); unequal clipping bounds and loss_type dapo: DAPO (2503.14476);
-dr_grpo: 2503.20783.
+Papers: DeepSeekMath (arXiv 2402.03300); DAPO (2503.14476) for unequal clipping bounds and --loss_type dapo;
+Dr. GRPO (2503.20783) for --loss_type dr_grpo. Read `main` first, then `update`.
 """
+import math
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from common import (
-    Run, RunFlags, Sums, all_shares, batch_of_step, build_prompt, complete, completion_logps, flag,
-    held_out_accuracy, load_policy, load_problems, load_reward, load_tokenizer, microbatches, my_share,
-    optimizer_step, parse_args, program, refuse, sft_warmup, total, warmup_split)
+    Fp32Head, Run, RunFlags, build_prompt, clip_gradient, completion_hidden, flag, gather, generate_in_pieces,
+    learning_rate, load_data, load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args,
+    problems_of_step, program, seed_everything, sft_warmup, stop_ids, sum_over_processes)
 
-# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
-# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
-# row.
+# Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
+# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
+# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
 
 
 # ---------------------------------------------------------------- flags
 
 @dataclass
 class Args(RunFlags):
-    """algorithm"""
-    # rollouts
-    steps: int = flag(400, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
+    # rollout
+    steps: int = flag(400, "training steps, each with one rollout; 0: only the SFT warm-up", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
-    group_size: int = flag(12, "samples per problem; equals SGPO's 8 + 4", "[2, inf)")
+    group_size: int = flag(12, "samples per problem (12 equals the 8 + 4 of SGPO)", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
-    top_p: float = flag(0.95, "nucleus sampling", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
+    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
-    clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "mean over rows, tokens, or token limits")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
+    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
+        "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
+                "dr_grpo: divide by max_new_tokens")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
     # update
-    lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
-    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
-    weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
-
-
-def check_args(args: Args) -> None:
-    """Checks that involve more than one flag."""
-    if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
+    lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
+    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
 
 
 # ---------------------------------------------------------------- rollout
@@ -64,172 +64,280 @@ def check_args(args: Args) -> None:
 @dataclass
 class Rollout:
     prompts: list[list[int]]  # N prompts, unpadded
-    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
+    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenized again
     mask: Tensor              # [N, C] True up to and including the first end token
-    truncated: Tensor         # [N] True where no end token came
-    texts: list[str]          # N
+    truncated: Tensor         # [N] True if no end token was sampled
+    texts: list[str]          # N completions as text, without end tokens
 
-    def rows(self, chosen: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Prompts, completions and mask of some rows."""
-        return [self.prompts[i] for i in chosen], self.completions[chosen], self.mask[chosen]
+    def select(self, idx: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Return prompts, completions and mask of some samples."""
+        return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and completion."""
-        return [len(prompt) + n for prompt, n in zip(self.prompts, self.mask.sum(1).tolist())]
+        """Return the tokens of every sample, prompt and completion together."""
+        completion_lengths = self.mask.sum(1).tolist()
+        return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], args: Args) -> Rollout:
-    """Sample one completion for every prompt, with transformers' generate."""
-    return Rollout(prompts, *complete(model, tokenizer, prompts, args.max_new_tokens, args.temperature,
-                                      args.top_p, args.generation_batch_size))
+def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args: Args) -> Rollout:
+    """Sample one completion for every prompt with transformers' `generate`."""
+    end_ids = stop_ids(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=args.top_p,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+    )
+    completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
+    is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
+    ends_before = is_end.cumsum(1) - is_end.long()
+    mask = ends_before == 0
+    written = mask & ~is_end
+    texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
+    return Rollout(prompts, completions, mask, ~is_end.any(1), texts)
 
 
 # ---------------------------------------------------------------- objective
 
 def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean of its group) / (std + eps). [B, G] -> [B, G]; std with ddof = 1.
+    """Return A_i = (R_i - mean of its group) / (std + eps), from rewards [B, G]; std has ddof = 1.
 
-    A group whose rewards are all equal gives exactly 0: in fp32 its std need not be 0, and dividing by it
-    would make noise.
+    A group of equal rewards gives exactly 0. In fp32 its std need not be 0, and dividing by it would turn
+    rounding errors into advantages.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)                      # [B, G]
     if scale == "group":
         centred = centred / (rewards.std(1, keepdim=True) + eps)
     elif scale == "batch":
         centred = centred / (rewards.std() + eps)
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(constant, 0.0, centred)
+    all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)           # [B, 1]
+    return torch.where(all_equal, 0.0, centred)
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
+    """Return -min(rho A, clip(rho, 1 - low, 1 + high) A) per token, and where it is clipped, [n, C] each.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
-    before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
-    nothing; the gradient is still A grad log pi.
+    rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
+
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
+    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
     """
-    A = advantages if advantages.ndim == 2 else advantages[:, None]
-    rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
-    loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    return loss * mask, clipped & mask
+    A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
+    # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
+    rho = torch.where(mask, logps - old_logps, 0.0).exp()                  # [n, C]
+    clipped_rho = rho.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.min(rho * A, clipped_rho * A)
+    too_high = (rho > 1 + clip_high) & (A > 0)
+    too_low = (rho < 1 - clip_low) & (A < 0)
+    return loss * mask, (too_high | too_low) & mask
 
 
-def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float | None = None,
-                  tokens: float | None = None) -> Tensor:
-    """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
+def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples: float,
+                  num_tokens: float) -> Tensor:
+    """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
-    all processes, where they are not the mask's.
+    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
+    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
+    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
     """
-    lengths = mask.sum(1).float()
-    rows, tokens = rows or len(mask), tokens or lengths.sum()
+    lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
-        return 1 / (rows * lengths.clamp(min=1))
+        return 1 / (num_samples * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.ones_like(lengths) / max(tokens, 1)
-    return torch.ones_like(lengths) / (rows * max_new_tokens)
+        return torch.ones_like(lengths) / max(num_tokens, 1)
+    return torch.ones_like(lengths) / (num_samples * max_new_tokens)
+
+
+# ---------------------------------------------------------------- log-probs
+
+def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log pi(id) and the entropy in nats (without gradient), [m] each, from logits [m, V]."""
+    log_norm = logits.logsumexp(-1)                                        # [m]
+    logps = logits.gather(-1, ids[:, None])[:, 0] - log_norm
+    with torch.no_grad():
+        probs = (logits - log_norm[:, None]).exp()                         # [m, V]
+        entropy = log_norm - (probs * logits).sum(-1)
+    return logps, entropy
+
+
+def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor, Tensor]:
+    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 behind the end.
+
+    The transformer runs in bf16 under autocast on fp32 weights; logits and what follows are fp32. Logits of
+    all tokens would need M x V floats, so they are made for a chunk of tokens at a time and computed again
+    in the backward pass. They cover the full vocabulary even if --top_p truncates sampling.
+    """
+    prompts, completions, mask = ro.select(idx)
+
+    def of_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden) / args.temperature                           # [m, V]
+        return logp_and_entropy(logits, ids)
+
+    chunks = []
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
+        hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
+        head = Fp32Head(model)
+        size = head.tokens_per_chunk
+        for h, ids in zip(hidden.split(size), completions[mask].split(size)):
+            chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
+    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))          # [M] each
+    zeros = logps.new_zeros(mask.shape)
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
 
 
 # ---------------------------------------------------------------- update
 
-def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor, Tensor]:
-    """log pi(token) and entropy [n, C] of some rows, in bf16 on a GPU; fp32 from the logits on."""
-    with torch.autocast(ro.mask.device.type, torch.bfloat16, enabled=args.bf16):
-        return completion_logps(model, *ro.rows(batch), args.temperature)
-
-
 def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dict[str, float]:
-    """All optimizer steps of one rollout batch, whose rows have these advantages [N] -> metrics.
+    """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
 
-    Rows whose advantage is 0 are skipped. They contribute no gradient but still count in the normaliser.
+    Samples whose advantage is 0 are skipped: they have no gradient, but they count in the normalizer.
     """
-    lengths, sums, norms = ro.lengths(), Sums(), []
-    live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
+    lengths = ro.lengths()
+    num_problems = len(advantages) // args.group_size                      # b
+    has_gradient = (advantages != 0).tolist()
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
+    old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
+        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)      # [N, C]
         with torch.no_grad():
-            for batch in microbatches(live, lengths, args.microbatch_tokens):
-                old_logps[batch] = score_rows(model, ro, batch, args)[0]
+            trained = np.flatnonzero(has_gradient).tolist()
+            for idx in microbatches(trained, lengths, args.microbatch_tokens):
+                old_logps[idx], _ = token_logps(model, ro, idx, args)
 
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded"), 0.0)
+    grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
-    # An update takes the same places of the step's batch, however many processes share it.
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
-        rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        n_rows, n_tokens = total(len(rows), ro.mask[rows].sum())
-        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
-        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
-            mask = ro.mask[batch]
-            logps, entropy = score_rows(model, ro, batch, args)
-            old = logps.detach() if old_logps is None else old_logps[batch]
-            A = advantages[batch]
-            token_loss, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
-            loss = (token_loss * weights[batch, None]).sum()
+    # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
+    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
+        num_samples, num_tokens = sum_over_processes(len(samples), ro.mask[samples].sum())
+        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
+
+        # 1. GRPO: accumulate the gradient over micro-batches
+        trained = [i for i in samples if has_gradient[i]]
+        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+            mask = ro.mask[idx]                                            # [n, C]
+            logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
+            old = logps.detach() if old_logps is None else old_logps[idx]
+            A = advantages[idx]                                            # [n]
+            loss_per_token, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
+            loss = (loss_per_token * weights[idx, None]).sum()
             loss.backward()
-            sums.add(loss=loss, entropy=entropy.sum(), clipped=clipped.sum(), scored=mask.sum())
-        norms.append(optimizer_step(model, optimizer, args.max_grad_norm))
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy.sum().item()
+            sums["clipped"] += clipped.sum().item()
+            sums["tokens"] += mask.sum().item()
+            sums["real"] += sum(lengths[i] for i in idx)
+            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+
+        # 2. clip the gradient and step, unless no sample of any process has a gradient
+        if sum_over_processes(len(trained))[0] > 0:
+            grad_norm = clip_gradient(model, args.max_grad_norm)
+            grad_norms.append(grad_norm)
+            if math.isfinite(grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
     model.eval()
-    sums = sums.of_all()
-    metrics = sums.metrics(norms)
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / args.updates_per_rollout,
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
     return metrics
 
 
 # ---------------------------------------------------------------- main
 
+def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
+    """Return the share of correct answers to the held-out problems, with --eval_samples for each."""
+    if not problems:
+        return {}
+    seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
+    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+    ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
+    correct = reward(ro.texts, samples) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+    return {"eval/accuracy": num_correct / num_samples}
+
+
 @program
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
+    run = Run(args)                                   # checks the directory, writes nothing yet
     reward = load_reward(args.reward)
-    run = Run(args)
     tokenizer = load_tokenizer(args.model)
-    train, held_out = load_problems(args, tokenizer)
-    warmup, train = warmup_split(train, tokenizer, reward, args)
-    run.plan(train, warmup, str(args.group_size))
+    data = load_data(args, tokenizer, reward)
+    run.print_plan(data, f"{args.group_size}")
     if args.dry_run:
         return
-    model = load_policy(args)
-    run.create()
-    sft_warmup(model, tokenizer, warmup, run, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    model = load_policy(args)                         # fp32 weights, sharded under torchrun
+    run.create(data)
+    sft_warmup(model, tokenizer, data.warmup, run, args)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    step = start = run.resume(model, optimizer)       # 0 for a new run
+    if start == 0 and data.held_out:
+        run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
-    def prompt(row: dict) -> list[int]:
-        return build_prompt(tokenizer, row["problem"], args.system_prompt)
-
-    def evaluate() -> dict[str, float]:
-        return held_out_accuracy(model, tokenizer, held_out, reward, args)
-
-    run.begin(model, tokenizer, optimizer, evaluate)
-    for step in run.steps():
+    for step in range(start + 1, args.steps + 1):
         # ---- sample problems
-        problems = my_share(batch_of_step(train, step, args.prompts_per_step, args.seed))  # b of B
-        rows = [row for row in problems for _ in range(args.group_size)]  # N, a problem's side by side
+        seed_everything(args.seed, "step", step)
+        problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
+        samples = [problem for problem in problems for _ in range(args.group_size)]                # N
 
         # ---- rollout
-        ro = rollout(model, tokenizer, [prompt(row) for row in rows], args)
-        run.lap("rollout")
-        if run.stopped():  # the rollout was cut short, so this step is discarded
-            break
+        rollout_start = time.perf_counter()
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+        ro = rollout(model, tokenizer, prompts, args.temperature, args)
+        rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, rows)  # [N]
-        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
+        rewards = reward(ro.texts, samples)                                           # [N]
+        groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
-        run.lap("grade")
 
         # ---- update
+        train_start = time.perf_counter()
+        lr = learning_rate(step, args.lr, args.lr_schedule, args.lr_warmup_steps, args.steps)
+        optimizer.param_groups[0]["lr"] = lr
         metrics = update(model, optimizer, ro, advantages, args)
+        train_end = time.perf_counter()
 
-        # ---- log and save
-        run.log(step, rows, ro, rewards, metrics)
-        run.evaluate_and_save()
-    run.finish()
+        # ---- log, evaluate, save
+        num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+        metrics |= {
+            "reward": groups.mean().item(),
+            "reward_std": groups.std(1).mean().item(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+            "completions/mean_length": num_tokens / groups.numel(),
+            "completions/clipped_ratio": num_truncated / groups.numel(),
+            "lr": lr,
+            "time/rollout_s": rollout_end - rollout_start,
+            "time/grade_s": train_start - rollout_end,
+            "time/train_s": train_end - train_start,
+            "tokens_per_s": num_tokens / (train_end - rollout_start),
+        }
+        is_due = args.eval_every and step % args.eval_every == 0
+        if is_due or step == args.steps:
+            metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
+        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+        if args.save_every and step % args.save_every == 0:
+            run.save(step, model, optimizer)
+        if run.should_stop():
+            break
+    run.finish(step, model, tokenizer, optimizer)
 
 
 if __name__ == "__main__":

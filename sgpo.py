@@ -1,342 +1,468 @@
 """SGPO (Strategy-Guided Policy Optimization): GRPO plus distillation from strategy-guided samples.
 
-What differs from grpo_baseline.py (equation numbers are the paper's, arXiv 2606.24064; its Eq. 1 is GRPO):
-  1. A second, guided group of samples has a short strategy before the problem in its prompt; GRPO ignores it.
-  2. Target (Eq. 4): of the correct guided samples, the one the model finds likeliest WITHOUT the strategy.
-  3. Loss (Eq. 3, 5): on that target, forward KL from guided to unguided distribution, outlier tokens masked.
-  4. Weight (Eq. 6, 7): alpha(q) is large where the strategy helps and the model alone fails.
-  5. Before training, a strong model turns solutions into strategies (App. B, C), the last section here.
+What differs from grpo_baseline.py (equation numbers are those of the paper, arXiv 2606.24064; Eq. 1 is GRPO):
+  1. A second, guided group of samples sees a short strategy before the problem. GRPO does not use them.
+  2. Target (Eq. 4): of the correct guided samples, the one that is likeliest WITHOUT the strategy.
+  3. Loss (Eq. 3, 5): on the target, forward KL from guided to unguided distribution, outlier tokens masked.
+  4. Weight (Eq. 6, 7): alpha(q) is large if the strategy helps and the model alone fails.
+  5. Strategies are extracted from solutions before training (App. B, C; last section of this file).
 
-    python sgpo.py                                      # the built-in demo: CPU, offline, minutes
+    python sgpo.py                                      # the built-in demo: CPU, offline, a minute
     python sgpo.py --model Qwen/Qwen2.5-7B-Instruct     # real problems: strategies, SFT warm-up, RL
+
+Read grpo_baseline.py first, then `diff grpo_baseline.py sgpo.py`.
 """
+import json
+import os
+import math
 import re
-import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from common import (
-    NoAnswer, Run, StrategistFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt,
-    check_strategist, complete, completion_hidden, completion_logps, context_length, flag, gives_away,
-    grader_counts, held_out_accuracy, load_policy, load_problems, load_reward, load_tokenizer, lock,
-    long_work, microbatches, my_share, open_strategist, optimizer_step, parse_args, program, rank, read_jsonl,
-    refuse, rewrite_jsonl, say_table, sft_warmup, token_values, total, warmup_split, write_jsonl)
+    Fp32Head, Run, RunFlags, append_jsonl, build_prompt, clip_gradient, completion_hidden, context_length,
+    flag, from_all_processes, from_first_process, gather, generate_in_pieces, learning_rate, load_data,
+    load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share, normalise_answer,
+    parse_args, problems_of_step, program, rank, read_jsonl, refuse, seed_everything, sft_warmup, stop_ids,
+    sum_over_processes, world_size)
 
-# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
-# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
-# row.
+# Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process,
+# autonomous ones first (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
+# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary. q: a problem, s: its strategy.
 
 
 # ---------------------------------------------------------------- flags
 
 @dataclass
-class Args(StrategistFlags):
-    """algorithm"""
-    # rollouts
-    steps: int = flag(400, "training steps, one rollout batch each; 0: the SFT baseline", "[0, inf)")
+class Args(RunFlags):
+    # rollout
+    steps: int = flag(400, "training steps, each with one rollout; 0: only the SFT warm-up", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
-    group_size: int = flag(8, "samples per problem without the strategy, G1", "[2, inf)")
-    guided_group_size: int = flag(4, "samples per problem with the strategy, G2", "[1, inf)")
+    group_size: int = flag(8, "samples per problem without the strategy", "[2, inf)")
+    guided_group_size: int = flag(4, "samples per problem with the strategy in the prompt", "[1, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
-    top_p: float = flag(0.95, "nucleus sampling", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
+    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
-    clip_high: float = flag(0.28, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("grpo", "mean over rows, tokens, or token limits")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
-    autonomous_grpo: bool = flag(True, "ablation: --no_autonomous_grpo trains by distillation only")
+    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
+        "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
+                "dr_grpo: divide by max_new_tokens")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
+    autonomous_grpo: bool = flag(True, "train on the samples without the strategy by GRPO, too")
     # strategy distillation
-    distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag("forward_kl", "Eq. 3; ablations")
-    target: Literal["reachable", "all"] = flag("reachable", "Eq. 4; ablation: all of C (Eq. 2)")
-    delta: float = flag(1.0, "tokens with a KL above this are masked (Eq. 5); inf: none", "[0, inf]")
-    weight: Literal["adaptive", "fixed", "group_advantage"] = flag("adaptive", "alpha(q) by Eq. 6; ablations")
-    alpha0: float = flag(0.5, "Eq. 6, scale", "[0, inf)")
-    gamma: float = flag(0.1, "Eq. 6, smoothing of the pass rates", "(0, inf)")
-    alpha_max: float = flag(0.8, "Eq. 6, upper bound", "[0, inf)")
-    fixed_alpha: float = flag(1.0, "alpha of --weight fixed", "[0, inf)")
+    distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag(
+        "forward_kl", "loss that pulls the unguided distribution to the guided one; sft: learn the target's "
+                      "tokens; none: no strategies, which is GRPO")
+    target: Literal["reachable", "all"] = flag(
+        "reachable", "distil the correct guided sample that is likeliest without the strategy, or all")
+    delta: float = flag(1.0, "leave out tokens whose KL is above this, in nats; inf: none", "[0, inf]")
+    weight: Literal["adaptive", "fixed", "group_advantage"] = flag(
+        "adaptive", "weight of a problem's distillation: from its two pass rates, --fixed_alpha, or the "
+                    "advantage of the target among the unguided samples")
+    alpha0: float = flag(0.5, "scale of the adaptive weight", "[0, inf)")
+    gamma: float = flag(0.1, "smoothing of the pass rates in the adaptive weight", "(0, inf)")
+    alpha_max: float = flag(0.8, "largest weight", "[0, inf)")
+    fixed_alpha: float = flag(1.0, "the weight if --weight is fixed", "[0, inf)")
     # update
-    lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
-    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
-    weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
+    lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
+    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
     # strategies
-    strategies: str = flag(None, "JSONL file, read if it exists; new ones are appended (default: in --out)")
+    strategies: str = flag(None, "JSONL file of strategies, read if it exists; new ones are appended "
+                                 "(default: strategies.jsonl in --out)")
+    strategist: str = flag(None, "model that extracts strategies from solutions: hub id, directory, URL of "
+                                 "an OpenAI-compatible endpoint, or none (default: the model itself)")
+    strategist_model: str = flag(None, "name of the endpoint's model; its key is read from OPENAI_API_KEY")
+    strategist_args: str = flag("{}", "JSON object of more arguments for the endpoint's requests, such as "
+                                      "{\"max_completion_tokens\": 4096}")
+    strategist_max_new_tokens: int = flag(2048, "longest answer of a local strategist, in tokens", "[1, inf)")
     strategy_candidates: int = flag(5, "candidates per solution, of which the best is kept", "[1, inf)")
-    extract_only: bool = flag(False, "stop once the strategies are extracted")
-
-
-def check_args(args: Args) -> None:
-    """Checks that involve more than one flag."""
-    if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
-    check_strategist(args)
-    folder = Path(args.strategies or ".").absolute().parent
-    if not folder.is_dir() and folder != Path(args.out or ".").absolute():
-        refuse(f"--strategies {args.strategies}: there is no such folder to put it in")
+    extract_only: bool = flag(False, "stop when the strategies are extracted")
 
 
 # ---------------------------------------------------------------- rollout
 
 @dataclass
 class Rollout:
-    prompts: list[list[int]]  # N prompts, unpadded
-    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
+    prompts: list[list[int]]  # N prompts WITHOUT the strategy, under which every sample is scored
+    sampled_from: list[list[int]]  # N prompts to sample from: those of guided samples hold the strategy
+    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenized again
     mask: Tensor              # [N, C] True up to and including the first end token
-    truncated: Tensor         # [N] True where no end token came
-    texts: list[str]          # N
+    truncated: Tensor         # [N] True if no end token was sampled
+    texts: list[str]          # N completions as text, without end tokens
 
-    def rows(self, chosen: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Prompts, completions and mask of some rows."""
-        return [self.prompts[i] for i in chosen], self.completions[chosen], self.mask[chosen]
+    def select(self, idx: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Return prompts, completions and mask of some samples."""
+        return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and completion."""
-        return [len(prompt) + n for prompt, n in zip(self.prompts, self.mask.sum(1).tolist())]
+        """Return the tokens of every sample, prompt and completion together."""
+        completion_lengths = self.mask.sum(1).tolist()
+        return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], args: Args) -> Rollout:
-    """Sample one completion for every prompt, with transformers' generate."""
-    return Rollout(prompts, *complete(model, tokenizer, prompts, args.max_new_tokens, args.temperature,
-                                      args.top_p, args.generation_batch_size))
+def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args: Args,
+            sampled_from: list[list[int]] | None = None) -> Rollout:
+    """Sample one completion for every prompt with transformers' `generate`.
+
+    `sampled_from`: the prompts to sample from, if they are not those that the samples are scored under.
+    """
+    sampled_from = sampled_from or prompts
+    end_ids = stop_ids(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=args.top_p,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+    )
+    completions = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)  # [N, C]
+    is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
+    ends_before = is_end.cumsum(1) - is_end.long()
+    mask = ends_before == 0
+    written = mask & ~is_end
+    texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
+    return Rollout(prompts, sampled_from, completions, mask, ~is_end.any(1), texts)
 
 
 # ---------------------------------------------------------------- objective
 
 def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean of its group) / (std + eps). [B, G] -> [B, G]; std with ddof = 1.
+    """Return A_i = (R_i - mean of its group) / (std + eps), from rewards [B, G]; std has ddof = 1.
 
-    A group whose rewards are all equal gives exactly 0: in fp32 its std need not be 0, and dividing by it
-    would make noise.
+    A group of equal rewards gives exactly 0. In fp32 its std need not be 0, and dividing by it would turn
+    rounding errors into advantages.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)                      # [B, G]
     if scale == "group":
         centred = centred / (rewards.std(1, keepdim=True) + eps)
     elif scale == "batch":
         centred = centred / (rewards.std() + eps)
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(constant, 0.0, centred)
+    all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)           # [B, 1]
+    return torch.where(all_equal, 0.0, centred)
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
+    """Return -min(rho A, clip(rho, 1 - low, 1 + high) A) per token, and where it is clipped, [n, C] each.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
-    before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
-    nothing; the gradient is still A grad log pi.
+    rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
+
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
+    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
     """
-    A = advantages if advantages.ndim == 2 else advantages[:, None]
-    rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
-    loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    return loss * mask, clipped & mask
+    A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
+    # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
+    rho = torch.where(mask, logps - old_logps, 0.0).exp()                  # [n, C]
+    clipped_rho = rho.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.min(rho * A, clipped_rho * A)
+    too_high = (rho > 1 + clip_high) & (A > 0)
+    too_low = (rho < 1 - clip_low) & (A < 0)
+    return loss * mask, (too_high | too_low) & mask
 
 
-def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float | None = None,
-                  tokens: float | None = None) -> Tensor:
-    """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
+def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples: float,
+                  num_tokens: float) -> Tensor:
+    """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
-    all processes, where they are not the mask's.
+    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
+    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
+    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
     """
-    lengths = mask.sum(1).float()
-    rows, tokens = rows or len(mask), tokens or lengths.sum()
+    lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
-        return 1 / (rows * lengths.clamp(min=1))
+        return 1 / (num_samples * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.ones_like(lengths) / max(tokens, 1)
-    return torch.ones_like(lengths) / (rows * max_new_tokens)
+        return torch.ones_like(lengths) / max(num_tokens, 1)
+    return torch.ones_like(lengths) / (num_samples * max_new_tokens)
 
 
 def forward_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
-    """Eq. 3: d = KL( stopgrad pi(. | q, s, o_<t) || pi(. | q, o_<t) ), in nats. [m, V] twice -> [m]
+    """Return d = KL(stopgrad pi(. | q, s, o_<t) || pi(. | q, o_<t)) in nats (Eq. 3), [m], from logits [m, V].
 
-    The stop-gradient is on the logits: both sides share their weights, lm_head included.
+    The stop-gradient is on the guided LOGITS: both sides share their weights, lm_head included.
     """
-    guided, plain = guided_logits.detach().log_softmax(-1), logits.log_softmax(-1)
-    return (guided.exp() * (guided - plain)).sum(-1)
+    guided = guided_logits.detach().log_softmax(-1)
+    unguided = logits.log_softmax(-1)
+    return (guided.exp() * (guided - unguided)).sum(-1)
 
 
 def reverse_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
-    """Ablation of Eq. 3: KL( pi(. | q, o_<t) || stopgrad pi(. | q, s, o_<t) )."""
-    guided, plain = guided_logits.detach().log_softmax(-1), logits.log_softmax(-1)
-    return (plain.exp() * (plain - guided)).sum(-1)
+    """Return KL(pi(. | q, o_<t) || stopgrad pi(. | q, s, o_<t)) in nats, [m]: an ablation of Eq. 3."""
+    guided = guided_logits.detach().log_softmax(-1)
+    unguided = logits.log_softmax(-1)
+    return (unguided.exp() * (unguided - guided)).sum(-1)
 
 
 def clip_kl(d: Tensor, delta: float) -> Tensor:
-    """Eq. 5: 1[d <= delta] d. Outliers are masked, not capped; the mean keeps its denominator |o+|."""
+    """Return 1[d <= delta] d (Eq. 5). Outliers are masked, not capped, and count in the denominator |o+|."""
     return torch.where(d <= delta, d, 0.0)
 
 
 def reachable_target(sum_logps: Tensor) -> int:
-    """Eq. 4: argmax over C of sum_t log pi(g_t | q, g_<t), scored WITHOUT the strategy. [|C|] -> index.
+    """Return argmax_g sum_t log pi(g_t | q, g_<t) over the correct guided samples (Eq. 4), as an index.
 
-    A sum, not a mean: it also favours the shorter target.
+    The log-probs are those WITHOUT the strategy. A sum, not a mean, so shorter targets are favoured, too.
     """
     return int(sum_logps.argmax())
 
 
 def adaptive_weight(p_guided: Tensor, p_auto: Tensor, alpha0: float, gamma: float,
                     alpha_max: float) -> Tensor:
-    """Eq. 6: alpha(q) = clip(alpha0 (p_guided - p_auto + gamma) / (p_auto + gamma), 0, alpha_max).
+    """Return alpha(q) = clip(alpha0 (p_guided - p_auto + gamma) / (p_auto + gamma), 0, alpha_max), Eq. 6.
 
-    From the pass rates of the two groups. [B] twice -> [B]
+    p_guided and p_auto are the pass rates of the two groups, [b] each.
     """
-    return (alpha0 * (p_guided - p_auto + gamma) / (p_auto + gamma)).clamp(0, alpha_max)
+    gain = (p_guided - p_auto + gamma) / (p_auto + gamma)
+    return (alpha0 * gain).clamp(0, alpha_max)
 
 
 def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
-    """Ablation of Eq. 6: o+'s advantage among the autonomous samples, in [0, alpha_max]. [B, G1] -> [B]"""
-    with_target = torch.cat([rewards, torch.ones_like(rewards[:, :1])], 1)
-    return group_advantages(with_target)[:, -1].clamp(0, alpha_max)
+    """Return a correct target's advantage among the autonomous rewards [b, G], clipped: ablation of Eq. 6."""
+    target_reward = torch.ones_like(rewards[:, :1])
+    advantages = group_advantages(torch.cat([rewards, target_reward], 1))
+    return advantages[:, -1].clamp(0, alpha_max)
+
+
+# ---------------------------------------------------------------- log-probs
+
+def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log pi(id) and the entropy in nats (without gradient), [m] each, from logits [m, V]."""
+    log_norm = logits.logsumexp(-1)                                        # [m]
+    logps = logits.gather(-1, ids[:, None])[:, 0] - log_norm
+    with torch.no_grad():
+        probs = (logits - log_norm[:, None]).exp()                         # [m, V]
+        entropy = log_norm - (probs * logits).sum(-1)
+    return logps, entropy
+
+
+def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor, Tensor]:
+    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 behind the end.
+
+    The transformer runs in bf16 under autocast on fp32 weights; logits and what follows are fp32. Logits of
+    all tokens would need M x V floats, so they are made for a chunk of tokens at a time and computed again
+    in the backward pass. They cover the full vocabulary even if --top_p truncates sampling.
+    """
+    prompts, completions, mask = ro.select(idx)
+
+    def of_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden) / args.temperature                           # [m, V]
+        return logp_and_entropy(logits, ids)
+
+    chunks = []
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
+        hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
+        head = Fp32Head(model)
+        size = head.tokens_per_chunk
+        for h, ids in zip(hidden.split(size), completions[mask].split(size)):
+            chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
+    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))          # [M] each
+    zeros = logps.new_zeros(mask.shape)
+    return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+
+
+def token_kl(model, ro: Rollout, idx: list[int], args: Args) -> Tensor:
+    """Return d_t (Eq. 3) of every completion token, [n, C], 0 behind the end.
+
+    The guided and the unguided prompt are followed by the same completion, so its tokens line up.
+    """
+    prompts, completions, mask = ro.select(idx)
+    guided_prompts = [ro.sampled_from[i] for i in idx]
+    kl = forward_kl if args.distill == "forward_kl" else reverse_kl
+
+    def of_chunk(guided_hidden: Tensor, hidden: Tensor) -> Tensor:
+        guided_logits = head(guided_hidden) / args.temperature             # [m, V]
+        logits = head(hidden) / args.temperature                           # [m, V]
+        return kl(guided_logits, logits)
+
+    chunks = []
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.no_grad():
+            guided_hidden = completion_hidden(model, guided_prompts, completions, mask)  # [M, d]
+        hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
+        head = Fp32Head(model)
+        size = head.tokens_per_chunk
+        for guided, h in zip(guided_hidden.split(size), hidden.split(size)):
+            chunks.append(checkpoint(of_chunk, guided, h, use_reentrant=False, preserve_rng_state=False))
+    d = torch.cat(chunks)                                                  # [M]
+    return d.new_zeros(mask.shape).masked_scatter(mask, d)
 
 
 # ---------------------------------------------------------------- guidance
 
 @dataclass
 class Guidance:
-    prompts: list[list[int]]  # N prompts as they were sampled from: guided rows' hold the strategy
-    correct: list[list[int]]  # each problem's correct guided samples (the paper's C), as rows
-    alpha: Tensor             # [b] alpha(q), 0 where there are none
+    correct: list[list[int]]  # for each of b problems: its correct guided samples (the paper's set C)
+    alpha: Tensor             # [b] weight alpha(q) of its distillation; 0 if no guided sample is correct
 
 
-def guide(prompts: list[list[int]], rewards: Tensor, problems: list[dict],
+def guide(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: int,
           args: Args) -> tuple[Guidance, dict[str, float]]:
-    """Correct guided samples and weight of each of b problems, from the rewards [N] of both groups.
+    """Return the correct guided samples and the weight of every problem, and the metrics of both.
 
-    N is b x G1 autonomous rows, then G2 guided ones for each problem with a strategy, as main laid them out.
-    Problems without a strategy are left out of the metrics. A reward of 0.5 or more is correct.
+    `rewards` [N] are those of all samples, `guided_samples` maps a problem with a strategy to its guided
+    samples. A reward of 0.5 or more is correct. Problems without a strategy are left out of the metrics.
     """
-    b, G1, G2 = len(problems), args.group_size, args.guided_group_size
-    groups, next_row = rewards[:b * G1].view(b, G1), b * G1
-    has_strategy = torch.tensor([args.distill != "none" and "strategy" in row for row in problems])
-    correct = [[] for _ in problems]
-    for q in has_strategy.nonzero()[:, 0].tolist():
-        correct[q] = [i for i in range(next_row, next_row + G2) if rewards[i] >= 0.5]
-        next_row += G2
-    p_auto = (groups >= 0.5).float().mean(1)
-    p_guided = torch.tensor([len(rows) / G2 for rows in correct])
+    groups = rewards[:num_problems * args.group_size].view(num_problems, args.group_size)  # [b, G]
+    correct = [[] for _ in range(num_problems)]
+    has_strategy = torch.zeros(num_problems, dtype=torch.bool)
+    for q, samples in guided_samples.items():
+        has_strategy[q] = True
+        correct[q] = [i for i in samples if rewards[i] >= 0.5]
+    num_correct = torch.tensor([len(samples) for samples in correct])
+    p_guided = num_correct / args.guided_group_size                        # [b]
+    p_auto = (groups >= 0.5).float().mean(1)                               # [b]
     if args.weight == "adaptive":
         alpha = adaptive_weight(p_guided, p_auto, args.alpha0, args.gamma, args.alpha_max)
     elif args.weight == "group_advantage":
         alpha = group_advantage_weight(groups, args.alpha_max)
     else:
-        alpha = torch.full((b,), args.fixed_alpha)
-    no_target = torch.tensor([not rows for rows in correct])
-    alpha = torch.where(no_target, 0.0, alpha)
-    shown = {"sgpo/alpha": alpha, "sgpo/p_auto": p_auto, "sgpo/p_guided": p_guided,
-             "sgpo/no_target_frac": no_target}
-    n, *sums = total(has_strategy.sum(), *(x[has_strategy].sum() for x in shown.values()))
-    metrics = {name: x / n for name, x in zip(shown, sums)} if n else {}
-    return Guidance(prompts, correct, alpha), metrics
+        alpha = torch.full((num_problems,), args.fixed_alpha)
+    alpha = torch.where(num_correct > 0, alpha, 0.0)
+    values = {
+        "sgpo/alpha": alpha,
+        "sgpo/p_auto": p_auto,
+        "sgpo/p_guided": p_guided,
+        "sgpo/no_target_frac": (num_correct == 0).float(),
+    }
+    sums = [value[has_strategy].sum() for value in values.values()]
+    num_guided, *sums = sum_over_processes(has_strategy.sum(), *sums)
+    metrics = {name: value / num_guided for name, value in zip(values, sums)} if num_guided else {}
+    return Guidance(correct, alpha), metrics
+
+
+def choose_targets(model, ro: Rollout, guidance: Guidance, problems: list[int],
+                   args: Args) -> dict[int, list[int]]:
+    """Return the samples to distil for each problem with alpha > 0: the reachable target, or all of C."""
+    correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
+    if args.target == "all":
+        return correct
+    rivals = []  # a problem with a single correct sample needs no scoring
+    for samples in correct.values():
+        rivals += samples if len(samples) > 1 else []
+    sum_logps = dict.fromkeys([i for samples in correct.values() for i in samples], 0.0)
+    with torch.no_grad():
+        for idx in microbatches(rivals, ro.lengths(), args.microbatch_tokens):
+            logps, _ = token_logps(model, ro, idx, args)
+            sum_logps.update(zip(idx, logps.sum(1).tolist()))
+    targets = {}
+    for q, samples in correct.items():
+        scores = torch.tensor([sum_logps[i] for i in samples])
+        targets[q] = [samples[reachable_target(scores)]]
+    return targets
 
 
 # ---------------------------------------------------------------- update
 
-def score_rows(model, ro: Rollout, batch: list[int], args: Args) -> tuple[Tensor, Tensor]:
-    """log pi(token) and entropy [n, C] of some rows, in bf16 on a GPU; fp32 from the logits on."""
-    with torch.autocast(ro.mask.device.type, torch.bfloat16, enabled=args.bf16):
-        return completion_logps(model, *ro.rows(batch), args.temperature)
-
-
-def choose_targets(model, ro: Rollout, correct: dict[int, list[int]], args: Args) -> dict[int, list[int]]:
-    """The rows to distil of each problem: one correct guided sample (Eq. 4), or all of them (Eq. 2)."""
-    if args.target == "all":
-        return correct
-    sum_logps = {}
-    rivals = [i for rows in correct.values() if len(rows) > 1 for i in rows]  # a lone one needs no score
-    with torch.no_grad():
-        for batch in microbatches(rivals, ro.lengths(), args.microbatch_tokens):
-            logps, _ = score_rows(model, ro, batch, args)
-            sum_logps.update(zip(batch, logps.sum(1).tolist()))
-    chosen = {}
-    for q, rows in correct.items():
-        scores = torch.tensor([sum_logps.get(i, 0.0) for i in rows])
-        chosen[q] = [rows[reachable_target(scores)]]
-    return chosen
-
-
-def distances(model, ro: Rollout, guided: Rollout, batch: list[int], args: Args) -> Tensor:
-    """d_t [n, C] of Eq. 3, or -log pi (SFT). Both prompts end in the same completion, so tokens line up."""
-    if args.distill == "sft":
-        return -score_rows(model, ro, batch, args)[0]
-    kl, device = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[args.distill], ro.mask.device.type
-
-    def values(guided_logits: Tensor, logits: Tensor) -> tuple[Tensor]:
-        return (kl(guided_logits, logits),)
-
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-        guided_hidden = as_forward(model, lambda: completion_hidden(model, *guided.rows(batch)))
-    with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-        return token_values(values, model, *ro.rows(batch), extra=[], temperature=args.temperature,
-                            other_hidden=[guided_hidden])[0]
-
-
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
            args: Args) -> dict[str, float]:
-    """All optimizer steps of one rollout batch, whose autonomous rows have these advantages -> metrics.
+    """Run all optimizer steps for one rollout and return the metrics; advantages are those of GRPO's samples.
 
-    Rows whose advantage is 0 are skipped. They contribute no gradient but still count in the normaliser.
-    Problems whose alpha is 0 skip the distillation. Every row is scored under `ro.prompts`, without the
-    strategy.
+    Samples whose advantage is 0 are skipped: they have no gradient, but they count in the normalizer. So are
+    problems whose alpha is 0. Every sample is scored under the prompt WITHOUT the strategy.
     """
-    guided = replace(ro, prompts=guidance.prompts)
-    guided_lengths = guided.lengths()  # the longer side: distillation's micro-batches are cut by it
-    delta = float("inf") if args.distill == "sft" else args.delta  # -log pi is no KL: nothing to clip
-    lengths, sums, norms = ro.lengths(), Sums(), []
-    live = {i for i, A in enumerate(advantages.tolist()) if A != 0}
+    lengths = ro.lengths()
+    num_problems = len(advantages) // args.group_size                      # b
+    has_gradient = (advantages != 0).tolist()
     advantages = advantages.to(ro.mask.device)
-    old_logps = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
+    old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
+        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)      # [N, C]
         with torch.no_grad():
-            for batch in microbatches(live, lengths, args.microbatch_tokens):
-                old_logps[batch] = score_rows(model, ro, batch, args)[0]
+            trained = np.flatnonzero(has_gradient).tolist()
+            for idx in microbatches(trained, lengths, args.microbatch_tokens):
+                old_logps[idx], _ = token_logps(model, ro, idx, args)
 
+    completion_lengths = ro.mask.sum(1).tolist()
+    guided_lengths = [len(p) + length for p, length in zip(ro.sampled_from, completion_lengths)]
+    # -log pi of SFT is no KL, so there is nothing to clip
+    delta = math.inf if args.distill == "sft" else args.delta
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "kl", "kl_clipped",
+                          "kl_tokens"), 0.0)
+    grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
-    # An update takes the same places of the step's batch, however many processes share it.
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
-        rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        n_rows, n_tokens, n_problems = total(len(rows), ro.mask[rows].sum(), len(problems))
-        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
-        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
-            mask = ro.mask[batch]
-            logps, entropy = score_rows(model, ro, batch, args)
-            old = logps.detach() if old_logps is None else old_logps[batch]
-            A = advantages[batch]
-            token_loss, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
-            loss = (token_loss * weights[batch, None]).sum()
-            loss.backward()
-            sums.add(loss=loss, entropy=entropy.sum(), clipped=clipped.sum(), scored=mask.sum())
+    # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
+    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
+        num_samples, num_tokens = sum_over_processes(len(samples), ro.mask[samples].sum())
+        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
 
-        # Eq. 7: + alpha(q) L_KD(q), averaged over the problems of the update
-        correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
-        targets = choose_targets(model, ro, correct, args)
-        kd_weights = torch.zeros(len(ro.mask), device=ro.mask.device)
+        # 1. GRPO: accumulate the gradient over micro-batches
+        trained = [i for i in samples if has_gradient[i]]
+        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+            mask = ro.mask[idx]                                            # [n, C]
+            logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
+            old = logps.detach() if old_logps is None else old_logps[idx]
+            A = advantages[idx]                                            # [n]
+            loss_per_token, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
+            loss = (loss_per_token * weights[idx, None]).sum()
+            loss.backward()
+            sums["loss"] += loss.item()
+            sums["entropy"] += entropy.sum().item()
+            sums["clipped"] += clipped.sum().item()
+            sums["tokens"] += mask.sum().item()
+            sums["real"] += sum(lengths[i] for i in idx)
+            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+
+        # 2. SGPO: add alpha(q) L_KD(q), averaged over the problems of the update (Eq. 7)
+        num_problems_of_all, = sum_over_processes(len(problems))
+        targets = choose_targets(model, ro, guidance, problems.tolist(), args)
+        kd_weights = torch.zeros(len(ro.mask), device=ro.mask.device)      # [N]
         for q, chosen in targets.items():
             for i in chosen:
-                kd_weights[i] = guidance.alpha[q] / (n_problems * len(chosen) * ro.mask[i].sum())
-        for batch in microbatches(sum(targets.values(), []), guided_lengths, args.microbatch_tokens, sums):
-            d = distances(model, ro, guided, batch, args)
-            loss = (clip_kl(d, delta) * kd_weights[batch, None]).sum()
+                mean_over_tokens = 1 / (len(chosen) * completion_lengths[i])
+                kd_weights[i] = guidance.alpha[q] * mean_over_tokens / num_problems_of_all
+        distilled = [i for chosen in targets.values() for i in chosen]
+        for idx in microbatches(distilled, guided_lengths, args.microbatch_tokens):
+            if args.distill == "sft":
+                d = -token_logps(model, ro, idx, args)[0]                  # [n, C]
+            else:
+                d = token_kl(model, ro, idx, args)                         # [n, C]
+            loss = (clip_kl(d, delta) * kd_weights[idx, None]).sum()
             loss.backward()
-            sums.add(loss=loss, kl=d.sum(), kl_clipped=(d > delta).sum(), kl_tokens=ro.mask[batch].sum())
-        norms.append(optimizer_step(model, optimizer, args.max_grad_norm))
+            sums["loss"] += loss.item()
+            sums["kl"] += d.sum().item()
+            sums["kl_clipped"] += (d > delta).sum().item()
+            sums["kl_tokens"] += ro.mask[idx].sum().item()
+
+        # 3. clip the gradient and step, unless no sample of any process has a gradient
+        if sum_over_processes(len(trained) + len(distilled))[0] > 0:
+            grad_norm = clip_gradient(model, args.max_grad_norm)
+            grad_norms.append(grad_norm)
+            if math.isfinite(grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
     model.eval()
-    sums = sums.of_all()
-    metrics = sums.metrics(norms)
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / args.updates_per_rollout,
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
     if sums["kl_tokens"]:
         metrics["sgpo/kl"] = sums["kl"] / sums["kl_tokens"]
         metrics["sgpo/kl_clipped_frac"] = sums["kl_clipped"] / sums["kl_tokens"]
@@ -345,73 +471,122 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 
 # ---------------------------------------------------------------- main
 
+def evaluate(model, tokenizer, problems: list[dict], reward, args: Args,
+             guided: bool = False) -> dict[str, float]:
+    """Return the share of correct answers to the held-out problems, with --eval_samples for each.
+
+    `guided`: with the strategies in the prompts, if all problems have one.
+    """
+    if not problems or guided and not all("strategy" in problem for problem in problems):
+        return {}
+    seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
+    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
+                            problem["strategy"] if guided else None) for problem in samples]
+    ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
+    correct = reward(ro.texts, samples) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+    return {"eval/accuracy_guided" if guided else "eval/accuracy": num_correct / num_samples}
+
+
 @program
 def main() -> None:
     args = parse_args(Args)
-    check_args(args)
+    check_strategist(args)
+    run = Run(args)                                   # checks the directory, writes nothing yet
     reward = load_reward(args.reward)
-    run = Run(args)
     tokenizer = load_tokenizer(args.model)
-    train, held_out = load_problems(args, tokenizer)
-    warmup, train = warmup_split(train, tokenizer, reward, args)
-    path, fits = Path(args.strategies or run.dir / "strategies.jsonl"), guided_prompt_fits(tokenizer, args)
-    waiting = adopt_strategies(train, held_out, path, fits, args)
-    there = sum("strategy" in row for row in train)
-    run.plan(train, warmup, f"({args.group_size} + {args.guided_group_size} guided)",
-                 strategies=f"{there} there, {len(waiting)} to extract -> {path}")
+    data = load_data(args, tokenizer, reward)
+    path = Path(args.strategies or run.folder / "strategies.jsonl")
+    missing = attach_strategies(data.train, data.held_out, path, tokenizer, args)
+    if run.checkpoints():
+        missing = []                                  # a resumed run keeps the strategies it began with
+    found = sum("strategy" in problem for problem in data.train)
+    run.print_plan(data, f"({args.group_size} + {args.guided_group_size} guided)",
+                   strategies=f"found {found}, to extract {len(missing)}, in {path}")
     if args.dry_run:
         return
-    model = None if args.extract_only and args.strategist else load_policy(args)
-    run.create()
-    if waiting:
-        add_strategies(waiting, model, tokenizer, path, fits, run, args)
-        adopt_strategies(train, [], path, fits, args)  # the new ones
+    model = load_policy(args)                         # fp32 weights, sharded under torchrun
+    run.create(data)
+    if missing:
+        extract_strategies(missing, model, tokenizer, path, args)
+        attach_strategies(data.train, [], path, tokenizer, args)
     if args.extract_only:
         return
-    sft_warmup(model, tokenizer, warmup, run, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    sft_warmup(model, tokenizer, data.warmup, run, args)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    step = start = run.resume(model, optimizer)       # 0 for a new run
+    if start == 0 and data.held_out:
+        metrics = evaluate(model, tokenizer, data.held_out, reward, args)
+        metrics |= evaluate(model, tokenizer, data.held_out, reward, args, guided=True)
+        run.log(0, metrics)
 
-    def prompt(row: dict, strategy: str | None = None) -> list[int]:
-        return build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)
-
-    def evaluate() -> dict[str, float]:
-        alone = held_out_accuracy(model, tokenizer, held_out, reward, args)
-        return alone | held_out_accuracy(model, tokenizer, held_out, reward, args, guided=True)
-
-    run.begin(model, tokenizer, optimizer, evaluate)
-    for step in run.steps():
+    for step in range(start + 1, args.steps + 1):
         # ---- sample problems
-        problems = my_share(batch_of_step(train, step, args.prompts_per_step, args.seed))  # b of B
-        rows = [row for row in problems for _ in range(args.group_size)]  # N, a problem's side by side
-        n_auto = len(rows)
-        if args.distill != "none":  # then the guided ones, in the order in which `guide` takes them
-            rows += [{**row, "guided": True} for row in problems if "strategy" in row
-                     for _ in range(args.guided_group_size)]
+        seed_everything(args.seed, "step", step)
+        problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
+        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
+        num_auto = len(samples)
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+        sampled_from = list(prompts)
+        guided_samples = {}  # problem -> its samples that see the strategy
+        for q, problem in enumerate(problems):
+            if args.distill == "none" or "strategy" not in problem:
+                continue
+            guided_samples[q] = list(range(len(samples), len(samples) + args.guided_group_size))
+            guided_prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt,
+                                         problem["strategy"])
+            for _ in guided_samples[q]:
+                samples.append({**problem, "guided": True})
+                prompts.append(prompts[q * args.group_size])
+                sampled_from.append(guided_prompt)
 
         # ---- rollout
-        sampled_prompts = [prompt(row, row["strategy"] if "guided" in row else None) for row in rows]
-        ro = rollout(model, tokenizer, sampled_prompts, args)
-        run.lap("rollout")
-        if run.stopped():  # the rollout was cut short, so this step is discarded
-            break
+        rollout_start = time.perf_counter()
+        ro = rollout(model, tokenizer, prompts, args.temperature, args, sampled_from)
+        rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, rows)  # [N]
-        groups = all_shares(rewards[:n_auto].view(len(problems), args.group_size))  # [B, G], of all processes
-        advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [n_auto]
+        rewards = reward(ro.texts, samples)                                           # [N]
+        groups = gather(rewards[:num_auto].view(len(problems), args.group_size))      # [B, G], all processes
+        advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [b G]
         if not args.autonomous_grpo:
             advantages = torch.zeros_like(advantages)
-        guidance, guided_metrics = guide(sampled_prompts, rewards, problems, args)
-        ro = replace(ro, prompts=[prompt(row) for row in rows])  # from here on all is scored without
-        run.lap("grade")
+        guidance, guided_metrics = guide(rewards, guided_samples, len(problems), args)
 
         # ---- update
+        train_start = time.perf_counter()
+        lr = learning_rate(step, args.lr, args.lr_schedule, args.lr_warmup_steps, args.steps)
+        optimizer.param_groups[0]["lr"] = lr
         metrics = update(model, optimizer, ro, advantages, guidance, args) | guided_metrics
+        train_end = time.perf_counter()
 
-        # ---- log and save
-        run.log(step, rows, ro, rewards, metrics)
-        run.evaluate_and_save()
-    run.finish()
+        # ---- log, evaluate, save
+        num_written, num_tokens, num_truncated = sum_over_processes(
+            ro.mask.sum(), ro.mask[:num_auto].sum(), ro.truncated[:num_auto].sum())
+        metrics |= {
+            "reward": groups.mean().item(),
+            "reward_std": groups.std(1).mean().item(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+            "completions/mean_length": num_tokens / groups.numel(),
+            "completions/clipped_ratio": num_truncated / groups.numel(),
+            "lr": lr,
+            "time/rollout_s": rollout_end - rollout_start,
+            "time/grade_s": train_start - rollout_end,
+            "time/train_s": train_end - train_start,
+            "tokens_per_s": num_written / (train_end - rollout_start),
+        }
+        is_due = args.eval_every and step % args.eval_every == 0
+        if is_due or step == args.steps:
+            metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
+            metrics |= evaluate(model, tokenizer, data.held_out, reward, args, guided=True)
+        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+        if args.save_every and step % args.save_every == 0:
+            run.save(step, model, optimizer)
+        if run.should_stop():
+            break
+    run.finish(step, model, tokenizer, optimizer)
 
 
 # ---------------------------------------------------------------- strategies (App. B, C)
@@ -456,178 +631,265 @@ Answer:
 
 {strategies}"""
 
+PROBLEMS_AT_ONCE = 32   # per process, between two writes of the strategies file
+REQUESTS_AT_ONCE = 16   # to an endpoint
+ENDPOINT_RETRIES = 5
+ENDPOINT_TIMEOUT = 600  # seconds
 
-def said_after_thinking(answer: str) -> str:
-    """Strip the <think> part; empty if it never closes."""
-    answer = answer.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
-
-
-def parse_strategy(answer: str) -> str | None:
-    """The strategy in an answer; None where a part is missing or the prompt's own form came back."""
-    bold = r"(?<![\w*])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?!\w)"
-    text = re.sub(r"^#+ *", "", re.sub(bold, r"\2", said_after_thinking(answer)), flags=re.M)
-    labels, at = [], 0
-    for label in (r"(?:\bproblem +)?\btype", r"\bstrategy", r"\bsteps"):
-        found = re.compile(rf"{label} *(?:\([^()\n]*\) *)?(?::|(?<=\w)\n)", re.I).search(text, at)
-        if found is None:
-            return None
-        labels.append(found)
-        at = found.end()
-    ends = [labels[1].start(), labels[2].start(), len(text)]
-    if not all(re.search(r"\w", text[label.end():end]) for label, end in zip(labels, ends)):
-        return None
-    form = re.findall("^(?:Problem type|Strategy):.*$", EXTRACTION_PROMPT, re.M)
-    return None if any(line in text for line in form) else text[labels[0].start():].strip()
+Ask = Callable[[list[str], float], list[str | None]]  # prompts, temperature -> answers; None: no answer
 
 
-def parse_scores(answer: str, n: int) -> list[float | None]:
-    """The score of each of n strategies, None where there is none from 0 to 1."""
-    label = r"^\W*(?:strategy|candidate|score)?\W*([0-9]+)`?\W*?(?::|\||[=.)\u2013\u2014-]\s)[\s*`|]*"
-    number = r"([01]?\.[0-9]+|[01])(?![0-9]|\.[0-9]|\s*/\s*(?!1(?![0-9])))"
-    found = re.findall(label + number, said_after_thinking(answer), re.M | re.I)
-    scores = {int(k): float(x) for k, x in found if float(x) <= 1}
-    return [scores.get(k + 1) for k in range(n)]
+def check_strategist(args: Args) -> None:
+    """Refuse an endpoint that cannot be asked, before anything is loaded."""
+    is_url = is_endpoint(args)
+    if is_url and re.search("[@?#]", args.strategist):
+        refuse("--strategist: take the key or password out of the address and put it into the environment "
+               "variable OPENAI_API_KEY")
+    if is_url and not args.strategist_model:
+        refuse(f"--strategist {args.strategist} is an endpoint: name its model with --strategist_model")
+    if args.strategist_model and not is_url:
+        refuse(f"--strategist_model {args.strategist_model} belongs to an endpoint: give its address, "
+               "http(s)://HOST:PORT/v1, as --strategist")
+    try:
+        is_object = isinstance(json.loads(args.strategist_args), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        refuse(f"--strategist_args {args.strategist_args}: it must be a JSON object")
+    if is_url:
+        try:
+            import openai  # noqa: F401
+        except ImportError:
+            refuse("--strategist: an endpoint needs the openai package: pip install openai")
+    if args.strategies and not Path(args.strategies).absolute().parent.is_dir():
+        refuse(f"--strategies {args.strategies}: there is no such folder")
 
 
-def extract(rows: list[dict], ask, fits, args: Args) -> list[dict]:
-    """For each row with its solution the best of several candidate strategies, or None, and all of them.
+def is_endpoint(args: Args) -> bool:
+    return (args.strategist or "").startswith(("http://", "https://"))
 
-    `ask(prompts, temperature)` gives answers; `fits(row, strategy)`: is the guided prompt short enough?
+
+def attach_strategies(train: list[dict], held_out: list[dict], path: Path, tokenizer,
+                      args: Args) -> list[dict]:
+    """Attach the file's strategies to the problems and return the problems that still need one.
+
+    Strategies that make the prompt too long are dropped. A problem for which the file holds no strategy is
+    asked again.
     """
-    n = args.strategy_candidates
-    prompts = [EXTRACTION_PROMPT.format(problem=row["problem"], solution=row["solution"])
-               for row in rows for _ in range(n)]
-    answers, drafts = ask(prompts, 1.0), []
-    for k, row in enumerate(rows):
-        drafts.append([judge(answer, row, fits) for answer in answers[k * n:(k + 1) * n]])
-    good = [[c for c in candidates if "rejected" not in c] for candidates in drafts]
-    rated = [k for k, rivals in enumerate(good) if rivals]
-    verdicts = ask([scoring_prompt(rows[k], good[k]) for k in rated], 0.0)
-    for k, verdict in zip(rated, verdicts):
-        for candidate, score in zip(good[k], parse_scores(verdict, len(good[k]))):
-            candidate["score"] = score
+    if args.distill == "none" or not (args.steps or args.extract_only):
+        return []
+    strategies = read_strategies(path)
+    for problem in train:
+        if "strategy" not in problem and strategies.get(problem["problem"]):
+            problem["strategy"] = strategies[problem["problem"]]
+    too_long = []
+    for problem in train + held_out:
+        if "strategy" in problem and not guided_prompt_fits(problem, problem["strategy"], tokenizer, args):
+            del problem["strategy"]
+            too_long.append(problem["id"])
+    if too_long:
+        print(f"dropped {len(too_long)} strategies that make the prompt too long; first: id {too_long[0]}")
+    without = [problem for problem in train if "strategy" not in problem]
+    missing = [problem for problem in without if "solution" in problem and args.strategist != "none"]
+    if len(without) == len(train) and not missing:
+        refuse("none of the problems has a strategy or a solution: add one to the rows, name a file with "
+               "--strategies, or train without strategies with --distill none")
+    if without and not missing:
+        print(f"{len(without)} of {len(train)} problems have no strategy: they are trained by GRPO alone")
+    return missing
+
+
+def read_strategies(path: Path) -> dict[str, str | None]:
+    """Return problem -> strategy of a strategies file; None if the extraction found none."""
+    strategies = {}
+    for place, row in read_jsonl(path, skip_unfinished=True) if path.exists() else ():
+        row = row if isinstance(row, dict) else {}
+        strategy = row.get("strategy")
+        if not isinstance(row.get("problem"), str) or not isinstance(strategy, str | None):
+            refuse(f'{place}: must be a JSON object with "problem" and "strategy"')
+        strategies[row["problem"]] = strategy or strategies.get(row["problem"])
+    return strategies
+
+
+def guided_prompt_fits(problem: dict, strategy: str, tokenizer, args: Args) -> bool:
+    """Return True if the prompt with the strategy is within --max_prompt_tokens and the context."""
+    prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt, strategy)
+    limit = min(args.max_prompt_tokens, context_length(args.model) - args.max_new_tokens)
+    return len(prompt) <= limit
+
+
+def extract_strategies(problems: list[dict], model, tokenizer, path: Path, args: Args) -> None:
+    """Extract a strategy for each of these problems and append them to the file, batch by batch."""
+    ask = endpoint(args) if is_endpoint(args) else local_strategist(model, tokenizer, args)
     results = []
-    for row, candidates, rivals in zip(rows, drafts, good):
-        best = max(rivals, key=lambda c: c["score"] or 0, default={"strategy": None, "score": None})
-        results.append({"id": row["id"], "problem": row["problem"], **best, "candidates": candidates,
-                        "strategist": strategist_of(args)})
+    size = PROBLEMS_AT_ONCE * world_size()
+    for first in range(0, len(problems), size):
+        batch = problems[first:first + size]
+        seed_everything(args.seed, "strategies", first)
+        if is_endpoint(args):
+            new = from_first_process(lambda: extract(batch, ask, tokenizer, args))
+        else:
+            shares = from_all_processes(extract(my_share(batch), ask, tokenizer, args))
+            new = [result for share in shares for result in share]
+        if rank() == 0:
+            append_jsonl(path, new)
+        results += new
+        found = sum(result["strategy"] is not None for result in results)
+        print(f"strategies: {len(results)} of {len(problems)} problems done, {found} found")
+    print_quality(results)
+
+
+def extract(problems: list[dict], ask: Ask, tokenizer, args: Args) -> list[dict]:
+    """Return, for each problem, the best-scored candidate strategy (or None) together with all candidates."""
+    prompts = [EXTRACTION_PROMPT.format(problem=problem["problem"], solution=problem["solution"])
+               for problem in problems for _ in range(args.strategy_candidates)]
+    answers = iter(ask(prompts, 1.0))
+    results = []
+    for problem in problems:
+        candidates = [judge(next(answers), problem, tokenizer, args) for _ in range(args.strategy_candidates)]
+        results.append({"id": problem["id"], "problem": problem["problem"], "strategy": None, "score": None,
+                        "candidates": candidates})
+    to_score = [k for k, result in enumerate(results) if accepted(result)]
+    verdicts = ask([scoring_prompt(problems[k], accepted(results[k])) for k in to_score], 0.0)
+    for k, verdict in zip(to_score, verdicts):
+        rivals = accepted(results[k])
+        for candidate, score in zip(rivals, parse_scores(verdict or "", len(rivals))):
+            candidate["score"] = score
+        best = max(rivals, key=lambda candidate: candidate["score"] or 0.0)
+        results[k] |= {"strategy": best["strategy"], "score": best["score"]}
     return results
 
 
-def scoring_prompt(row: dict, rivals: list[dict]) -> str:
-    """What asks for a score of each of these candidates."""
-    listed = "\n\n".join(f"Strategy {k}:\n{c['strategy']}" for k, c in enumerate(rivals, 1))
-    return SCORING_PROMPT.format(n=len(rivals), problem=row["problem"], answer=row["answer"],
-                                 strategies=listed)
+def accepted(result: dict) -> list[dict]:
+    return [candidate for candidate in result["candidates"] if "rejected" not in candidate]
 
 
-def judge(answer: str, row: dict, fits) -> dict:
-    """A candidate: its strategy, and why it is rejected if it is."""
-    if isinstance(answer, NoAnswer):
-        return {"rejected": str(answer)}
+def judge(answer: str | None, problem: dict, tokenizer, args: Args) -> dict:
+    """Return a candidate: its strategy, and why it is rejected if it is."""
+    if answer is None:
+        return {"strategy": None, "rejected": "no answer"}
     strategy = parse_strategy(answer)
+    candidate = {"strategy": strategy}
     if strategy is None:
-        return {"rejected": "not in three parts", "answer": answer[-2000:]}
-    if gives_away(strategy, row["answer"], row["problem"]):
-        return {"strategy": strategy, "rejected": "gives the answer away"}
-    return {"strategy": strategy} if fits(row, strategy) else {"strategy": strategy, "rejected": "too long"}
+        candidate["rejected"] = "not in three parts"
+    elif gives_away(strategy, problem["answer"], problem["problem"]):
+        candidate["rejected"] = "gives the answer away"
+    elif not guided_prompt_fits(problem, strategy, tokenizer, args):
+        candidate["rejected"] = "too long"
+    return candidate
 
 
-def strategist_of(args: Args) -> str:
-    """Who is asked, as the file of strategies names it."""
-    return args.strategist_model or args.strategist or args.model
+def gives_away(strategy: str, answer: str, problem: str = "") -> bool:
+    return normalise_answer(answer) in strategy.split()
 
 
-def read_strategies(path: Path) -> dict[str, dict]:
-    """problem -> its line of the file; "strategy" is null where the extraction found none."""
-    found = {}
-    for place, entry in read_jsonl(path, cut_by_kill=True) if path.exists() else ():
-        entry = entry if isinstance(entry, dict) else {}
-        if not isinstance(entry.get("problem"), str) or not isinstance(entry.get("strategy", 0), str | None):
-            refuse(f'{place}: must be a JSON object with "problem" and "strategy"')
-        found[entry["problem"]] = entry
-    return found
+def scoring_prompt(problem: dict, candidates: list[dict]) -> str:
+    """Return the prompt that asks for a score of every candidate."""
+    listed = [f"Strategy {k}:\n{candidate['strategy']}" for k, candidate in enumerate(candidates, 1)]
+    return SCORING_PROMPT.format(n=len(candidates), problem=problem["problem"], answer=problem["answer"],
+                                 strategies="\n\n".join(listed))
 
 
-def guided_prompt_fits(tokenizer, args: Args):
-    """A function of (row, strategy): is the prompt with it within --max_prompt_tokens and the context?"""
-    limit = min(args.max_prompt_tokens, context_length(args.model) - args.max_new_tokens)
-    one_by_one = threading.Lock()  # a tokenizer is not for several threads at once
-
-    def fits(row: dict, strategy: str) -> bool:
-        with one_by_one:
-            return len(build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)) <= limit
-
-    return fits
+def without_thinking(answer: str) -> str:
+    """Return the text after the thinking; empty if the thinking never ends."""
+    text = answer.rpartition("</think>")[2]
+    return "" if "<think>" in text else text
 
 
-def adopt_strategies(train: list[dict], held_out: list[dict], path: Path, fits, args: Args) -> list[dict]:
-    """Give rows the strategies of the file, take too long ones away -> the rows that wait for extraction.
+def parse_strategy(answer: str) -> str | None:
+    """Return the strategy in an answer, or None if one of its three parts is missing or empty."""
+    text = without_thinking(answer).replace("**", "").replace("__", "")
+    text = re.sub(r"^[#*> ]+", "", text, flags=re.MULTILINE)
+    label = r"^(?:problem )?type\W*:(.+)^strategy\W*:(.+)^steps\W*:(.+)"
+    found = re.search(label, text, re.IGNORECASE | re.DOTALL | re.MULTILINE)
+    if found is None or not all(re.search(r"\w", part) for part in found.groups()):
+        return None
+    copied_form = "the kind of problem, as precisely as the subject's own terms allow"
+    return None if copied_form in text else found[0].strip()
 
-    A row for which an extraction found nothing is tried again with another strategist, or where an endpoint
-    fell silent.
+
+def parse_scores(answer: str, n: int) -> list[float | None]:
+    """Return the score of each of n strategies, None if the answer has no score from 0 to 1 for it."""
+    text = without_thinking(answer).replace("*", "")
+    lines = re.findall(r"^\W*(?:strategy )?([0-9]+)\W*?[:=|] *([01](?:\.[0-9]+)?|\.[0-9]+)(?![0-9./])", text,
+                       re.MULTILINE | re.IGNORECASE)
+    scores = {int(number): float(score) for number, score in lines if float(score) <= 1}
+    return [scores.get(k) for k in range(1, n + 1)]
+
+
+def endpoint(args: Args) -> Ask:
+    """Return a function that asks the model behind an OpenAI-compatible address.
+
+    The openai package retries by itself. A prompt without an answer costs only itself; if a whole batch gets
+    none, the program ends with the last error.
     """
-    extracting = args.distill != "none" and (args.steps or args.extract_only)
-    found, me = read_strategies(path) if extracting else {}, strategist_of(args)
-    for row in train:
-        if "strategy" not in row and found.get(row["problem"], {}).get("strategy"):
-            row["strategy"] = found[row["problem"]]["strategy"]
-    long = [row for row in [*train, *held_out] if "strategy" in row and not fits(row, row["strategy"])]
-    for row in long:
-        del row["strategy"]
-    if long:
-        print(f"dropped {len(long)} strategies: with them the prompt is too long, first: id {long[0]['id']}")
-    if not extracting:
-        return []
+    import openai
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    client = openai.OpenAI(base_url=args.strategist, api_key=key, max_retries=ENDPOINT_RETRIES,
+                           timeout=ENDPOINT_TIMEOUT)
+    errors = []
 
-    def settled(entry: dict) -> bool:
-        silent = any(c.get("rejected") == "no answer" for c in entry.get("candidates", ()))
-        return entry["strategy"] is not None or not silent and entry.get("strategist", me) == me
+    def ask_one(prompt: str, temperature: float) -> str | None:
+        request = {"model": args.strategist_model, "messages": [{"role": "user", "content": prompt}],
+                   "temperature": temperature, **json.loads(args.strategist_args)}
+        try:
+            choice = client.chat.completions.create(**request).choices[0]
+        except Exception as error:  # the package's own kinds, and whatever a server's odd answer causes
+            errors.append(f"{type(error).__name__}: {error}")
+            return None
+        if choice.finish_reason == "length" or not choice.message.content:
+            errors.append("an answer is empty or cut off; a model that thinks first needs a larger limit, as "
+                          "in --strategist_args '{\"max_completion_tokens\": 8192}'")
+            return None
+        return choice.message.content
 
-    waiting = {row["problem"]: row for row in train if "solution" in row and "strategy" not in row}
-    waiting = [row for problem, row in waiting.items() if problem not in found or not settled(found[problem])]
-    waiting = [] if args.strategist == "none" else waiting
-    if not found and not waiting and not any("strategy" in row for row in train):
-        refuse(f"none of the {len(train)} problems has a strategy or a solution: add one to the rows, name a "
-               "file of --strategies, or train without by --distill none")
-    missing = sum("strategy" not in row for row in train)
-    if missing and not waiting:
-        print(f"{missing} of {len(train)} problems have no strategy: they train by GRPO alone")
-    return waiting
+    def ask(prompts: list[str], temperature: float) -> list[str | None]:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            answers = list(pool.map(lambda prompt: ask_one(prompt, temperature), prompts))
+        if prompts and all(answer is None for answer in answers):
+            reason = errors[-1].replace(key, "***")  # servers repeat the key they refuse
+            refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests; the last one: "
+                   f"{reason}; strategies found so far are kept, --resume asks for the rest")
+        return answers
 
-
-def add_strategies(waiting: list[dict], model, tokenizer, path: Path, fits, run: Run, args: Args) -> None:
-    """Extract a strategy for each of these rows into the file, row by row as they come."""
-    strategist = open_strategist(args, model, tokenizer)
-    results = strategist.each(lambda rows: extract(rows, strategist.ask, fits, args), waiting)
-    kept = 0
-    with long_work(len(waiting), "strategies", "problem") as bar:
-        if rank() == 0:
-            run.writes = lock(Path(f"{path}.lock"), f"--strategies {path}: another run is writing it")
-            rewrite_jsonl(path, list(read_strategies(path).values()))  # without a line that a kill has cut
-        for result in results:
-            if rank() == 0:
-                write_jsonl(path, [result])
-            kept += result["strategy"] is not None
-            bar.set_postfix_str(f"{kept} found")
-            bar.update()
-    if run.stopped():
-        run.stop("extracting strategies")
-    grader_counts()  # reset: the leak check's verdicts belong to no step
-    say_quality([entry for entry in read_strategies(path).values() if "candidates" in entry])
+    return ask
 
 
-def say_quality(results: list[dict]) -> None:
-    """Bands of the best scores (App. C: 39.4% in [0.8, 1], 54.4% in [0.5, 0.8), 6.2% below), rejections."""
-    scores = [r["score"] for r in results if r["score"] is not None]
-    why = Counter(c["rejected"] for r in results for c in r["candidates"] if "rejected" in c)
-    shares = [sum(low <= x < high for x in scores) / max(len(scores), 1) for low, high in
-              ((0.8, 2), (0.5, 0.8), (0, 0.5))]
-    bands = "{:.1%} in [0.8, 1], {:.1%} in [0.5, 0.8), {:.1%} below".format(*shares)
-    rejected = ", ".join(f"{n} {reason}" for reason, n in why.most_common()) or "none"
-    say_table([["strategies found", f"{sum(r['strategy'] is not None for r in results)} of {len(results)}"],
-               ["scores", f"{bands} ({len(scores)} scored)"], ["candidates rejected", rejected]])
+def local_strategist(model, tokenizer, args: Args) -> Ask:
+    """Return a function that asks a model on this machine: --strategist, or the policy itself."""
+    name, flag_name = args.model, "--model"
+    if args.strategist:
+        name, flag_name = args.strategist, "--strategist"
+        tokenizer = load_tokenizer(name, flag_name)
+        model = load_model(name, flag_name)
+    longest_prompt = context_length(name, flag_name) - args.strategist_max_new_tokens
+
+    def ask(prompts: list[str], temperature: float) -> list[str | None]:
+        all_ids = [build_prompt(tokenizer, prompt, "") for prompt in prompts]
+        fitting = [k for k, ids in enumerate(all_ids) if len(ids) <= longest_prompt]
+        asked = replace(args, max_new_tokens=args.strategist_max_new_tokens)
+        ro = rollout(model, tokenizer, [all_ids[k] for k in fitting], temperature, asked)
+        answers = [None] * len(prompts)
+        for k, text, truncated in zip(fitting, ro.texts, ro.truncated.tolist()):
+            answers[k] = None if truncated else text
+        return answers
+
+    return ask
+
+
+def print_quality(results: list[dict]) -> None:
+    """Print the bands of the best scores and the reasons for rejections.
+
+    The paper (App. C) has 39.4% in [0.8, 1], 54.4% in [0.5, 0.8) and 6.2% below.
+    """
+    scores = [result["score"] for result in results if result["score"] is not None]
+    high = sum(score >= 0.8 for score in scores)
+    low = sum(score < 0.5 for score in scores)
+    reasons = Counter(candidate["rejected"] for result in results for candidate in result["candidates"]
+                      if "rejected" in candidate)
+    print(f"strategies: {len(scores)} scored, {high} in [0.8, 1], {len(scores) - high - low} in [0.5, 0.8), "
+          f"{low} below")
+    print(f"strategies: rejected candidates: {dict(reasons.most_common()) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -1,102 +1,102 @@
-"""TGPO (Teacher-Guided Policy Optimization): GRPO plus the teacher's next token wherever the student goes.
+"""TGPO (Teacher-Guided Policy Optimization): GRPO plus the teacher's next token at every student prefix.
 
 What differs from grpo_baseline.py (formulas beside the functions; the paper is arXiv 2605.13230):
-  1. A frozen teacher reads the student's rollouts, token ids as sampled, and says what IT would write there.
-  2. TGPO: loss + lambda_k x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong rollouts.
-  3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. Groups of equal rewards train too while it is above 0.
-  4. --guidance has the methods it is compared with: other labels, TGPO-Adv, RKL (OPD), KDRL, reverse KL.
+  1. A frozen teacher reads the student's samples, token ids as sampled, and says what IT would write next.
+  2. Loss: + lambda_k x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong samples alike.
+  3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. Above 0, groups of equal rewards train, too.
+  4. METHODS has what TGPO is compared with: other labels, TGPO-Adv, RKL (OPD), KDRL, reverse KL.
   5. Student and teacher are compared on the ids that both tokenizers have; their end tokens mean the same.
 
-    python tgpo.py                                     # the built-in demo: CPU, offline, minutes
+    python tgpo.py                                     # the built-in demo: CPU, offline, a minute
     python tgpo.py --model Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-30B-A3B-Thinking-2507
-    python tgpo.py --model STUDENT --teacher TEACHER --measure_divergence 64 --out DIR    # how far apart?
+
+Read grpo_baseline.py first, then `diff grpo_baseline.py tgpo.py`.
 """
-import json
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+import time
+from dataclasses import dataclass
+from typing import Callable, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from common import (
-    HOME, Run, RunFlags, Sums, all_shares, as_forward, batch_of_step, build_prompt, check_context, complete,
-    completion_hidden, flag, held_out_accuracy, load_model, load_policy, load_problems, load_reward,
-    load_tokenizer, log_prob_and_entropy, microbatches, my_share, optimizer_step, over_vocabulary,
-    parse_args, program, rank, refuse, say_table, seed_everything, sft_warmup, shard, stop_ids,
-    token_values, total, warmup_split, world, write_atomic)
+    DEVICE, Fp32Head, Run, RunFlags, build_prompt, check_context, clip_gradient, completion_hidden,
+    end_token_id, flag, gather, generate_in_pieces, learning_rate, load_data, load_model, load_policy,
+    load_reward, load_tokenizer, microbatches, my_share, parse_args, problems_of_step, program, refuse,
+    seed_everything, sft_warmup, shard, stop_ids, sum_over_processes, world_size)
 
-# Letters: B problems of a step (b of them this process's), G samples per problem, N rows (problems x samples;
-# n some of them), C tokens of the longest completion, m tokens of a chunk, V vocabulary. q: a problem, i: a
-# row.
+# Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
+# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
+# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
 
 
 # ---------------------------------------------------------------- flags
 
-GUIDANCE = {  # the paper's coefficient, its fall per step and the reward's weight
-    "tgpo": (0.002, 1e-5, 1.0), "tgpo-sampled": (0.002, 1e-5, 1.0), "tgpo-topk": (0.002, 1e-5, 1.0),
-    "tgpo-adv": (0.02, 1e-4, 1.0), "tgpo-adv-matched": (0.02, 1e-4, 1.0), "rkl": (1.0, 0.0, 0.0),
-    "kdrl": (0.002, 0.0, 1.0), "reverse-kl": (1.0, 0.0, 0.0), "none": (0.0, 0.0, 1.0)}
-WITH_LABELS = ("tgpo", "tgpo-sampled", "tgpo-adv", "tgpo-adv-matched")  # of the teacher's next token
-AS_LOSS = ("tgpo", "tgpo-sampled", "tgpo-topk", "kdrl", "reverse-kl")   # beside the policy loss
-
-
 @dataclass
 class Args(RunFlags):
-    """algorithm"""
-    warmup_frac: float = flag(0.0, "share of the problems for the warm-up; TGPO's paper has none", "[0, 1]")
-    # rollouts
-    steps: int = flag(300, "training steps, one rollout batch each; 0: the warm-up alone", "[0, inf)")
+    warmup_frac: float = flag(0.0, "random share of the solved problems that is used for SFT before RL, "
+                                   "and not for RL", "[0, 1]")
+    # rollout
+    steps: int = flag(300, "training steps, each with one rollout; 0: only the SFT warm-up", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(8, "samples per problem", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; also divides the logits of the loss", "(0, inf)")
-    top_p: float = flag(1.0, "nucleus sampling", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
+    top_p: float = flag(1.0, "sample from the likeliest tokens that hold this probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "ratio clipped below 1 - clip_low", "[0, inf]")
-    clip_high: float = flag(0.2, "ratio clipped above 1 + clip_high", "[0, inf]")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag("dapo", "mean over rows, tokens, or token limits")
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "whose std divides the rewards")
-    entropy_bonus: float = flag(0.0, "times the mean entropy, subtracted (the authors: 0.001)", "[0, inf)")
-    # guidance
-    teacher: str = flag(None, "hub id or local directory; with the demo model: demo, or demo-same-style")
-    guidance: Literal[tuple(GUIDANCE)] = flag("tgpo", "what is learnt from the teacher")
+    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.2, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
+        "dapo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
+                "dr_grpo: divide by max_new_tokens")
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
+    entropy_bonus: float = flag(0.0, "weight of the entropy that is added to the objective", "[0, inf)")
+    # teacher
+    teacher: str = flag(None, "hub id or local directory of the teacher; with the demo model: demo, or "
+                              "demo-same-style, which writes as the student does")
+    guidance: Literal["tgpo", "tgpo-sampled", "tgpo-topk", "tgpo-adv", "tgpo-adv-matched", "rkl", "kdrl",
+                      "reverse-kl", "none"] = flag("tgpo", "what is learnt from the teacher; none: GRPO")
     coefficient: float = flag(None, "weight of the guidance at step 1 (default: the paper's)", "[0, inf)")
-    coefficient_fall: float = flag(None, "what it loses per step, to 0 (default: the paper's)", "[0, inf)")
-    reward_weight: float = flag(None, "of the advantage (default: 0 for rkl, reverse-kl, else 1)", "[0, inf)")
-    topk: int = flag(None, "tokens compared (default: 20 by tgpo-topk, all by reverse-kl)", "[1, inf)")
-    teacher_microbatch_tokens: int = flag(32768, "padded tokens per pass of the teacher", "[1, inf)")
-    teacher_device: str = flag(None, "where it computes, such as cuda:1 (default: with the student)")
-    teacher_offload: bool = flag(False, "keep it in CPU memory while it is not reading")
-    measure_divergence: int = flag(0, "no RL: compare the two on so many rollouts", "[0, inf)")
+    coefficient_fall: float = flag(None, "what that weight loses per step, down to 0 (default: the paper's)",
+                                   "[0, inf)")
+    reward_weight: float = flag(None, "weight of the reward's advantage (default: the paper's)", "[0, inf)")
+    topk: int = flag(None, "compare the teacher's k likeliest tokens (default: 20 with tgpo-topk, the whole "
+                           "vocabulary with reverse-kl)", "[1, inf)")
+    teacher_device: str = flag(None, "device of the teacher, such as cuda:1 (default: that of the student)")
+    teacher_offload: bool = flag(False, "keep the teacher in CPU memory while it is not reading")
     # update
-    lr: float = flag(1e-6, "AdamW learning rate", "[0, inf)")
-    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "how it falls after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps of linear learning rate warm-up", "[0, inf)")
-    weight_decay: float = flag(0.01, "AdamW weight decay", "[0, inf)")
-    max_grad_norm: float = flag(1.0, "gradient norm clipped to this", "(0, inf)")
-    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on its share", "[1, inf)")
+    lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
+    lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
+    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
+    updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
 
 
 def check_args(args: Args) -> None:
-    """Checks that involve more than one flag, and the paper's constants of each guidance."""
-    for name, value in zip(("coefficient", "coefficient_fall", "reward_weight"), GUIDANCE[args.guidance]):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    """Fill in the paper's constants of the method, and refuse values that do not fit together."""
+    method = METHODS[args.guidance]
+    if args.coefficient is None:
+        args.coefficient = method.coefficient
+    if args.coefficient_fall is None:
+        args.coefficient_fall = method.fall
+    if args.reward_weight is None:
+        args.reward_weight = method.reward_weight
     if args.guidance == "tgpo-topk" and args.topk is None:
         args.topk = 20
+    if args.teacher is None and args.guidance != "none":
+        refuse("--teacher is missing: name a hub id or directory, or train without one with --guidance none")
+    if args.teacher_device and world_size() > 1:
+        refuse("--teacher_device: with several processes each holds a part of the teacher; leave it out")
     try:
         torch.empty(0, device=args.teacher_device)
     except (RuntimeError, AssertionError) as error:
         refuse(f"--teacher_device {args.teacher_device}: {str(error).splitlines()[0]}")
-    if args.teacher_device and world() > 1:
-        refuse("--teacher_device: several processes each have a part of the teacher; leave it out")
-    if args.measure_divergence == 1:
-        refuse("--measure_divergence 1 has no standard error: ask for 2 or more")
-    if args.teacher is None and (args.guidance != "none" or args.measure_divergence):
-        refuse("--teacher is missing: name a hub id or directory, or train without one with --guidance none")
-    if args.updates_per_rollout > args.prompts_per_step:
-        refuse(f"--updates_per_rollout {args.updates_per_rollout} exceeds --prompts_per_step")
 
 
 # ---------------------------------------------------------------- rollout
@@ -104,473 +104,634 @@ def check_args(args: Args) -> None:
 @dataclass
 class Rollout:
     prompts: list[list[int]]  # N prompts, unpadded
-    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenised again
+    completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenized again
     mask: Tensor              # [N, C] True up to and including the first end token
-    truncated: Tensor         # [N] True where no end token came
-    texts: list[str]          # N
+    truncated: Tensor         # [N] True if no end token was sampled
+    texts: list[str]          # N completions as text, without end tokens
 
-    def rows(self, chosen: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
-        """Prompts, completions and mask of some rows."""
-        return [self.prompts[i] for i in chosen], self.completions[chosen], self.mask[chosen]
+    def select(self, idx: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Return prompts, completions and mask of some samples."""
+        return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Tokens of each row, prompt and completion."""
-        return [len(prompt) + n for prompt, n in zip(self.prompts, self.mask.sum(1).tolist())]
+        """Return the tokens of every sample, prompt and completion together."""
+        completion_lengths = self.mask.sum(1).tolist()
+        return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
 
-def rollout(model, tokenizer, prompts: list[list[int]], args: Args) -> Rollout:
-    """Sample one completion for every prompt, with transformers' generate."""
-    return Rollout(prompts, *complete(model, tokenizer, prompts, args.max_new_tokens, args.temperature,
-                                      args.top_p, args.generation_batch_size))
+def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args: Args) -> Rollout:
+    """Sample one completion for every prompt with transformers' `generate`."""
+    end_ids = stop_ids(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=args.top_p,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+    )
+    completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
+    is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
+    ends_before = is_end.cumsum(1) - is_end.long()
+    mask = ends_before == 0
+    written = mask & ~is_end
+    texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
+    return Rollout(prompts, completions, mask, ~is_end.any(1), texts)
 
 
 # ---------------------------------------------------------------- objective
 
 def group_advantages(rewards: Tensor, scale: str = "group", eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean of its group) / (std + eps). [B, G] -> [B, G]; std with ddof = 1.
+    """Return A_i = (R_i - mean of its group) / (std + eps), from rewards [B, G]; std has ddof = 1.
 
-    A group whose rewards are all equal gives exactly 0: in fp32 its std need not be 0, and dividing by it
-    would make noise.
+    A group of equal rewards gives exactly 0. In fp32 its std need not be 0, and dividing by it would turn
+    rounding errors into advantages.
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = rewards - rewards.mean(1, keepdim=True)                      # [B, G]
     if scale == "group":
         centred = centred / (rewards.std(1, keepdim=True) + eps)
     elif scale == "batch":
         centred = centred / (rewards.std() + eps)
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(constant, 0.0, centred)
+    all_equal = (rewards == rewards[:, :1]).all(1, keepdim=True)           # [B, 1]
+    return torch.where(all_equal, 0.0, centred)
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_low: float,
                 clip_high: float) -> tuple[Tensor, Tensor]:
-    """-min(rho A, clip(rho, 1 - low, 1 + high) A) of every token, rho = pi / pi_old; and where it is clipped.
+    """Return -min(rho A, clip(rho, 1 - low, 1 + high) A) per token, and where it is clipped, [n, C] each.
 
-    logps, old_logps, mask [n, C], advantages [n], or [n, C] one per token -> loss, clipped [n, C]. Masked
-    before exp: an overflow in a padded place would make the gradient NaN. "Why is my ratio 1 and my loss 0?"
-    On the first update after a rollout rho is 1 and advantages sum to 0 in a group, so the value tells you
-    nothing; the gradient is still A grad log pi.
+    rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
+
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
+    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
     """
-    A = advantages if advantages.ndim == 2 else advantages[:, None]
-    rho = torch.where(mask, logps - old_logps, 0.0).exp()
-    clipped = ((rho > 1 + clip_high) & (A > 0)) | ((rho < 1 - clip_low) & (A < 0))
-    loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    return loss * mask, clipped & mask
+    A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
+    # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
+    rho = torch.where(mask, logps - old_logps, 0.0).exp()                  # [n, C]
+    clipped_rho = rho.clamp(1 - clip_low, 1 + clip_high)
+    loss = -torch.min(rho * A, clipped_rho * A)
+    too_high = (rho > 1 + clip_high) & (A > 0)
+    too_low = (rho < 1 - clip_low) & (A < 0)
+    return loss * mask, (too_high | too_low) & mask
 
 
-def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, rows: float | None = None,
-                  tokens: float | None = None) -> Tensor:
-    """What each row's tokens weigh in the loss, [n]; made once for the update, before it is cut into batches.
+def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples: float,
+                  num_tokens: float) -> Tensor:
+    """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each row's tokens, then over rows; dapo: 1 / (all tokens); dr_grpo:
-    1 / (N max_new_tokens). Rows without signal count in N. `rows`, `tokens`: those of the whole update, in
-    all processes, where they are not the mask's.
+    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
+    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
+    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
     """
-    lengths = mask.sum(1).float()
-    rows, tokens = rows or len(mask), tokens or lengths.sum()
+    lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
-        return 1 / (rows * lengths.clamp(min=1))
+        return 1 / (num_samples * lengths.clamp(min=1))
     if loss_type == "dapo":
-        return torch.ones_like(lengths) / max(tokens, 1)
-    return torch.ones_like(lengths) / (rows * max_new_tokens)
+        return torch.ones_like(lengths) / max(num_tokens, 1)
+    return torch.ones_like(lengths) / (num_samples * max_new_tokens)
 
 
 def coefficient(step: int, start: float, fall: float) -> float:
-    """lambda_k = max(start - fall (k - 1), 0) at the 1-based step k; the paper's is 0 after step 200."""
-    return max(round(start - fall * (step - 1), 12), 0.0)  # rounded: 0.002 - 200 x 1e-5 shall be 0
+    """Return lambda_k = max(start - fall (k - 1), 0) at the 1-based step k; the paper's is 0 from 201 on."""
+    return max(round(start - fall * (step - 1), 12), 0.0)  # rounded: 0.002 - 200 x 1e-5 must be 0
 
 
 def chosen_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """log pi(id | s). [m, V], [m] -> [m]; an id outside gives some finite number, to be masked."""
-    return logits.gather(-1, ids.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0] - logits.logsumexp(-1)
+    """Return log pi(id), [m], from logits [m, V]; an id outside gives a finite value, to be masked later."""
+    inside = ids.clamp(0, logits.shape[-1] - 1)
+    return logits.gather(-1, inside[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """TGPO: -log pi(y* | s). [m, V], [m] -> [m], nats.
+def label_loss(label_logps: Tensor) -> Tensor:
+    """Return TGPO's -log pi(y* | s), [m], y* the teacher's argmax.
 
-    With y ~ pi_T(. | s) instead of the argmax it is a one-sample forward KL, up to the teacher's entropy.
+    If y is drawn from the teacher instead, this is a one-sample forward KL, up to the teacher's entropy.
     """
-    return -chosen_logps(logits, labels)
+    return -label_logps
 
 
 def topk_forward_kl(logits: Tensor, top_ids: Tensor, top_logits: Tensor) -> Tensor:
-    """TGPO, top-k: sum over the teacher's top k of p~ (log p~ - log pi(v | s)). [m, V], [m, k] twice -> [m]
+    """Return sum_v p(v) (log p(v) - log pi(v)) over the teacher's top k tokens, [m].
 
-    p~ is renormalised on the k. `top_logits` are the teacher's logits or log-probs of `top_ids`:
-    renormalising makes them the same.
+    logits are the student's [m, V]; top_ids and top_logits the teacher's [m, k]; p is renormalised on the k.
     """
-    p = top_logits.log_softmax(-1)
-    return (p.exp() * (p - logits.log_softmax(-1).gather(-1, top_ids))).sum(-1)
+    log_p = top_logits.log_softmax(-1)                                     # [m, k]
+    log_pi = logits.log_softmax(-1).gather(-1, top_ids)                    # [m, k]
+    return (log_p.exp() * (log_p - log_pi)).sum(-1)
 
 
-def label_bonus(old_label_logps: Tensor, matched: Tensor | bool = True) -> Tensor:
-    """TGPO-Adv: A'_it = A_i + c_k pi_old(y*_it | s); this is the pi_old, [n, C]. `matched`: only where a =
-    y*.
+def label_bonus(old_label_logps: Tensor) -> Tensor:
+    """Return TGPO-Adv's bonus pi_old(y* | s), [n, C]: A'_it = A_i + c_k pi_old(y*_it).
 
-    It does not depend on the token sampled, so at rho = 1 it is a state baseline: its expected gradient is 0,
-    and the authors' later code dropped it. Kept as an ablation; the matched variant does depend on it.
+    The bonus does not depend on the sampled token, so at rho = 1 it is a state baseline: its expected
+    gradient is 0. The authors' later code dropped it. The variant tgpo-adv-matched depends on the token.
     """
-    return old_label_logps.exp() * matched
+    return old_label_logps.exp()
 
 
 def rkl_advantages(old_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """RKL (OPD): A_it = log pi_T(a) - log pi_old(a). [n, C] twice -> [n, C]. Token-local: no return-to-go."""
+    """Return RKL's (OPD's) A_it = log pi_T(a) - log pi_old(a), [n, C]: of one token, without a return."""
     return teacher_logps - old_logps
 
 
 def k2(logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """KDRL: (log pi_T(a) - log pi(a))^2 / 2. [m] twice -> [m]. Its expected gradient is the reverse KL's.
+    """Return KDRL's (log pi_T(a) - log pi(a))^2 / 2, [m]. Its expected gradient is that of the reverse KL.
 
-    As a loss k3 = r - 1 - log r with r = pi_T / pi would have the FORWARD KL's, and k1 = -log r none.
+    As a loss k3 = r - 1 - log r, r = pi_T / pi, would have the gradient of the FORWARD KL; k1 = -log r none.
     """
     return (teacher_logps - logps).square() / 2
 
 
 def reverse_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(pi || pi_T) over the ids given, all shared ones or the teacher's top k. [m, V] twice -> [m]"""
-    plain, teacher = logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
-    return (plain.exp() * (plain - teacher)).sum(-1)
+    """Return KL(pi || pi_T) over the given ids, all shared ones or the teacher's top k, [m]."""
+    log_pi = logits.log_softmax(-1)
+    log_p = teacher_logits.detach().log_softmax(-1)
+    return (log_pi.exp() * (log_pi - log_p)).sum(-1)
 
 
-def policy_entropy(logits: Tensor) -> Tensor:
-    """H(pi(. | s)) with its gradient, for the entropy bonus. [m, V] -> [m], nats"""
+def entropy_with_gradient(logits: Tensor) -> Tensor:
+    """Return H(pi(. | s)) in nats for the entropy bonus, [m], from logits [m, V]."""
     logps = logits.log_softmax(-1)
     return -(logps.exp() * logps).sum(-1)
+
+
+@dataclass
+class Chunk:
+    """What a method's loss may use, for m tokens."""
+    logits: Tensor          # [m, V] the student's, of the ids that both tokenizers have
+    logps: Tensor           # [m] log pi(a) over these ids
+    label_logps: Tensor     # [m] log pi(y*)
+    advice: "Advice"        # [m]
+    teacher_logits: Tensor | None  # [m, V], only if the method compares full distributions
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from the teacher. The constants are the paper's."""
+    coefficient: float      # weight at step 1
+    fall: float             # decrease of the weight per step
+    reward_weight: float    # weight of the reward's advantage
+    loss: Callable[[Chunk], Tensor] | None = None   # [m], added to the policy loss
+    bonus: Callable[["Scores", "Advice", Tensor], Tensor] | None = None  # [n, C], added to the advantage
+    uses_labels: bool = False    # tokens whose label the student's tokenizer lacks are left out
+    uses_logps: bool = False     # tokens that the teacher's tokenizer lacks are left out
+    draws_labels: bool = False   # the label is drawn from the teacher, not its argmax
+
+
+def reverse_kl_of(c: Chunk) -> Tensor:
+    """Return the reverse KL over the full shared vocabulary, or over the teacher's top k with --topk."""
+    if c.teacher_logits is not None:
+        return reverse_kl(c.logits, c.teacher_logits)
+    return reverse_kl(c.logits.gather(-1, c.advice.top_ids), c.advice.top_logits)
+
+
+def matched_label_bonus(old: "Scores", advice: "Advice", ids: Tensor) -> Tensor:
+    """Return TGPO-Adv's bonus only where the sampled token is the label, [n, C]."""
+    return label_bonus(old.label_logps) * (advice.labels == ids)
+
+
+LABEL_LOSS = {"loss": lambda c: label_loss(c.label_logps), "uses_labels": True}
+METHODS = {
+    "tgpo": Method(0.002, 1e-5, 1.0, **LABEL_LOSS),
+    "tgpo-sampled": Method(0.002, 1e-5, 1.0, **LABEL_LOSS, draws_labels=True),
+    "tgpo-topk": Method(0.002, 1e-5, 1.0,
+                        loss=lambda c: topk_forward_kl(c.logits, c.advice.top_ids, c.advice.top_logits)),
+    "tgpo-adv": Method(0.02, 1e-4, 1.0, uses_labels=True,
+                       bonus=lambda old, advice, ids: label_bonus(old.label_logps)),
+    "tgpo-adv-matched": Method(0.02, 1e-4, 1.0, uses_labels=True, bonus=matched_label_bonus),
+    "rkl": Method(1.0, 0.0, 0.0, uses_logps=True,
+                  bonus=lambda old, advice, ids: rkl_advantages(old.shared_logps, advice.logps)),
+    "kdrl": Method(0.002, 0.0, 1.0, uses_logps=True, loss=lambda c: k2(c.logps, c.advice.logps)),
+    "reverse-kl": Method(1.0, 0.0, 0.0, loss=reverse_kl_of),
+    "none": Method(0.0, 0.0, 1.0),
+}
 
 
 # ---------------------------------------------------------------- teacher
 
 @dataclass
 class Advice:
-    """What the teacher says of each token of a rollout, [N, C]."""
-    labels: Tensor      # what it would write here, as a student's id; -1 where the student has no such token
+    """What the teacher says about every token of a rollout, [N, C] each."""
+    labels: Tensor      # what it would write here, as a student's id; -1 if the student has no such token
     logps: Tensor       # log pi_T(a) of the student's token, over the shared ids
-    agrees: Tensor      # True where its argmax is the student's token
-    top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 where no method wants them
+    agrees: Tensor      # True if its argmax is the student's token
+    top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 without --topk
     top_logits: Tensor  # [N, C, k]
 
-    def rows(self, batch: list[int]) -> "Advice":
-        """The advice of some rows, [n, C]."""
-        return Advice(*[x[batch] for x in vars(self).values()])
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Advice":
+        """Return the advice with a function applied to every tensor, for example a selection."""
+        return Advice(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
 class Teacher:
-    """A frozen model that reads the student's token ids: in bf16 with --bf16, sharded over processes."""
+    """A frozen model that reads the student's token ids: in bf16 with --bf16, sharded over the processes."""
+    MICROBATCH_TOKENS = 32768
 
     def __init__(self, args: Args, tokenizer, teacher_tokenizer, student_ends: list[int]):
-        self.device = torch.device(args.teacher_device or HOME)
-        self.args, self.offload = args, args.teacher_offload and world() == 1
+        self.args = args
+        self.device = torch.device(args.teacher_device or DEVICE)
+        self.is_offloaded = args.teacher_offload and world_size() == 1
+        stored_on = "cpu" if args.teacher_offload or world_size() > 1 else self.device
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        rests = "cpu" if args.teacher_offload or world() > 1 else self.device
-        self.model = load_model(args.teacher, "--teacher", dtype, rests)
-        if world() > 1:
-            self.model = shard(self.model, False, args.teacher_offload)
-        self.shared = min(len(tokenizer), len(teacher_tokenizer))  # token ids below it mean the same to both
-        self.student_end, self.teacher_end = tokenizer.eos_token_id, teacher_tokenizer.eos_token_id
-        if self.teacher_end in student_ends:
-            self.teacher_end = self.student_end  # the student stops at it, too
+        self.model = load_model(args.teacher, "--teacher", dtype, stored_on)
+        if world_size() > 1:
+            shard(self.model, bf16=False, cpu_offload=args.teacher_offload)
+        self.num_shared = min(len(tokenizer), len(teacher_tokenizer))  # ids below mean the same to both
+        self.student_end = end_token_id(tokenizer)
+        self.teacher_end = end_token_id(teacher_tokenizer)
+        if self.teacher_end in student_ends:  # it ends the student's completions as well
+            self.teacher_end = self.student_end
         self.other_ends = [i for i in stop_ids(self.model, teacher_tokenizer) if i not in student_ends]
 
     @torch.no_grad()
-    def hidden(self, ro: Rollout, batch: list[int]) -> Tensor:
-        """Its final hidden states at the student's places, [m, d]. Ids without an embedding become 0."""
-        if self.offload:
-            self.model.to(self.device)
-        prompts, completions, mask = ro.rows(batch)
-        width = self.model.get_input_embeddings().weight.shape[0]
-        known, mask = completions.where(completions < width, 0).to(self.device), mask.to(self.device)
-        return as_forward(self.model, lambda: completion_hidden(self.model, prompts, known, mask))
+    def hidden(self, ro: Rollout, idx: list[int]) -> Tensor:
+        """Return the final hidden states [M, d] at the positions that predict the student's tokens.
 
-    def align(self, logits: Tensor) -> Tensor:
-        """Swap the columns of student's and teacher's end token, if they differ. In place, [m, V_T]"""
+        Token ids that the teacher does not have are replaced by 0.
+        """
+        if self.is_offloaded:
+            self.model.to(self.device)
+        prompts, completions, mask = ro.select(idx)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        known = torch.where(completions < vocabulary, completions, 0)
+        return completion_hidden(self.model, prompts, known.to(self.device), mask.to(self.device))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return its logits [m, V] from hidden states, with its end token in the place of the student's."""
+        logits = Fp32Head(self.model)(hidden) / self.args.temperature
         ends = [self.student_end, self.teacher_end]
         if self.student_end != self.teacher_end and max(ends) < logits.shape[-1]:
             logits[:, ends] = logits[:, ends[::-1]]
         return logits
 
-    def read(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        """Its logits [m, V_T] and the student's tokens [m] -> the fields of Advice."""
-        logits = self.align(logits)
-        shared, ends = logits[:, :self.shared], torch.tensor(self.other_ends, device=logits.device)
-        best = logits.argmax(-1)
-        labels = logits.softmax(-1).multinomial(1)[:, 0] if self.args.guidance == "tgpo-sampled" else best
-        best, labels = (torch.where(torch.isin(y, ends), self.student_end, y) for y in (best, labels))
-        top = shared.topk(self.args.topk or 0)
-        labels = torch.where(labels < self.shared, labels, -1)
-        return labels, chosen_logps(shared, ids), best == ids, top.indices, top.values
+    def advice_on(self, hidden: Tensor, ids: Tensor) -> Advice:
+        """Return the advice on the student's tokens [m] from the teacher's hidden states [m, d]."""
+        logits = self.logits(hidden)                                       # [m, V]
+        shared_logits = logits[:, :self.num_shared]
+        best = logits.argmax(-1)                                           # [m]
+        labels = best
+        if METHODS[self.args.guidance].draws_labels:
+            labels = logits.softmax(-1).multinomial(1)[:, 0]
+        best = self.as_student_id(best)
+        labels = self.as_student_id(labels)
+        top = shared_logits.topk(self.args.topk or 0)
+        return Advice(
+            labels=torch.where(labels < self.num_shared, labels, -1),
+            logps=chosen_logps(shared_logits, ids),
+            agrees=best == ids,
+            top_ids=top.indices,
+            top_logits=top.values,
+        )
+
+    def as_student_id(self, ids: Tensor) -> Tensor:
+        """Replace the teacher's other end tokens by the student's end token."""
+        other_ends = torch.tensor(self.other_ends, device=ids.device)
+        return torch.where(torch.isin(ids, other_ends), self.student_end, ids)
 
     @torch.no_grad()
-    def advise(self, ro: Rollout, rows: list[int]) -> Advice:
-        """One pass over these rows of the rollout, in micro-batches of its own."""
+    def read(self, ro: Rollout, samples: list[int]) -> Advice:
+        """Return the teacher's advice on these samples of a rollout, [N, C]; other samples get zeros."""
         advice = None
-        for batch in microbatches(rows, ro.lengths(), self.args.teacher_microbatch_tokens):
-            mask, hidden = ro.mask[batch], self.hidden(ro, batch)
-            ids = ro.completions[batch][mask].to(self.device)
-            found = over_vocabulary(self.read, self.model, [hidden], [ids], self.args.temperature)
+        for idx in microbatches(samples, ro.lengths(), self.MICROBATCH_TOKENS):
+            mask = ro.mask[idx]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                hidden = self.hidden(ro, idx)                              # [M, d]
+                ids = ro.completions[idx][mask].to(self.device)            # [M]
+                size = Fp32Head(self.model).tokens_per_chunk
+                chunks = [self.advice_on(h, i) for h, i in zip(hidden.split(size), ids.split(size))]
+            sample, t = mask.nonzero(as_tuple=True)
+            sample = torch.tensor(idx, device=mask.device, dtype=torch.long)[sample]
             if advice is None:
-                advice = Advice(*[x.new_zeros(*ro.mask.shape, *x.shape[1:]).to(mask.device) for x in found])
-            row, t = mask.nonzero(as_tuple=True)
-            for to, values in zip(vars(advice).values(), found, strict=True):
-                to[torch.tensor(batch, device=mask.device, dtype=torch.long)[row], t] = values.to(mask.device)
+                advice = chunks[0].apply(lambda x: x.new_zeros(*ro.mask.shape, *x.shape[1:]).to(mask.device))
+            for name, tensor in vars(advice).items():
+                values = torch.cat([getattr(chunk, name) for chunk in chunks])
+                tensor[sample, t] = values.to(mask.device)
         self.rest()
         return advice
 
     def rest(self) -> None:
-        """Back to CPU memory, with --teacher_offload."""
-        if self.offload:
+        """Go back to CPU memory, with --teacher_offload."""
+        if self.is_offloaded:
             self.model.to("cpu")
 
 
 def check_vocabulary(tokenizer, teacher_tokenizer, name: str) -> None:
-    """Refuse a teacher whose tokenizer spells a shared id differently. Reads no weight.
+    """Refuse a teacher whose tokenizer spells a shared id differently, before any weight is loaded.
 
-    Embedding tables are padded to widths that say nothing, so the tokenizers' lengths count.
+    Embedding tables are padded to widths that say nothing, so the lengths of the tokenizers count.
     """
     shared = list(range(min(len(tokenizer), len(teacher_tokenizer))))
-    spellings = zip(tokenizer.convert_ids_to_tokens(shared), teacher_tokenizer.convert_ids_to_tokens(shared))
-    for i, (ours, theirs) in enumerate(spellings):
+    student_tokens = tokenizer.convert_ids_to_tokens(shared)
+    teacher_tokens = teacher_tokenizer.convert_ids_to_tokens(shared)
+    for i, (ours, theirs) in enumerate(zip(student_tokens, teacher_tokens)):
         if ours != theirs:
             refuse(f"--teacher {name}: its tokenizer is not the student's: token {i} is {ours!r} to the "
                    f"student and {theirs!r} to the teacher")
 
 
-def check_teacher(args: Args, tokenizer, teacher_tokenizer, rows: list[dict]) -> None:
-    """Refuse a teacher that cannot read the prompts, or not so far."""
-    if args.teacher is None:
-        return
-    shared = min(len(tokenizer), len(teacher_tokenizer))
-    if args.topk and args.topk > shared:
-        refuse(f"--topk {args.topk}: student and teacher share {shared} tokens")
-    prompts = [build_prompt(tokenizer, row["problem"], args.system_prompt) for row in rows]
-    unknown = [i for prompt in prompts for i in prompt if i >= shared]
+def check_teacher(args: Args, tokenizer, teacher_tokenizer, problems: list[dict]) -> None:
+    """Refuse a teacher that cannot read the prompts, or whose context is too short."""
+    num_shared = min(len(tokenizer), len(teacher_tokenizer))
+    if args.topk and args.topk > num_shared:
+        refuse(f"--topk {args.topk}: student and teacher share {num_shared} tokens")
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in problems]
+    unknown = [i for prompt in prompts for i in prompt if i >= num_shared]
     if unknown:
         refuse(f"--teacher {args.teacher}: cannot read the prompts: it has no token {unknown[0]}, "
                f"{tokenizer.decode(unknown[0])!r} to the student")
     check_context(args.teacher, "--teacher", max(map(len, prompts)), args.max_new_tokens)
 
 
+# ---------------------------------------------------------------- log-probs
+
+def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log pi(id) and the entropy in nats (without gradient), [m] each, from logits [m, V]."""
+    log_norm = logits.logsumexp(-1)                                        # [m]
+    logps = logits.gather(-1, ids[:, None])[:, 0] - log_norm
+    with torch.no_grad():
+        probs = (logits - log_norm[:, None]).exp()                         # [m, V]
+        entropy = log_norm - (probs * logits).sum(-1)
+    return logps, entropy
+
+
+@dataclass
+class Scores:
+    """What the student's distribution gives for every completion token, [n, C] each, 0 behind the end."""
+    logps: Tensor         # log pi(a) over the full vocabulary
+    entropy: Tensor       # in nats
+    shared_logps: Tensor  # log pi(a) over the ids that both tokenizers have
+    label_logps: Tensor   # log pi(y*) over these ids
+    guide_loss: Tensor    # the method's loss; 0 if it has none
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Scores":
+        return Scores(**{name: function(tensor) for name, tensor in vars(self).items()})
+
+
+def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, advice: Advice | None,
+                 method: Method, args: Args) -> Scores:
+    """Return the student's scores of every completion token.
+
+    The transformer runs in bf16 under autocast on fp32 weights; logits and what follows are fp32. Logits of
+    all tokens would need M x V floats, so they are made for a chunk of tokens at a time and computed again
+    in the backward pass. They cover the full vocabulary even if --top_p truncates sampling.
+    """
+    prompts, completions, mask = ro.select(idx)
+    compares_all = method.loss is reverse_kl_of and not args.topk
+
+    def of_chunk(hidden: Tensor, ids: Tensor, advice: Advice | None, teacher_hidden: Tensor | None) -> Scores:
+        logits = head(hidden) / args.temperature                           # [m, V]
+        logps, entropy = logp_and_entropy(logits, ids)
+        if args.entropy_bonus:
+            entropy = entropy_with_gradient(logits)
+        nothing = torch.zeros_like(logps)
+        if advice is None:
+            return Scores(logps, entropy, logps, nothing, nothing)
+        shared_logits = logits[:, :teacher.num_shared]
+        shared_logps = chosen_logps(shared_logits, ids)
+        label_logps = chosen_logps(shared_logits, advice.labels)
+        if method.loss is None:
+            return Scores(logps, entropy, shared_logps, label_logps, nothing)
+        teacher_logits = None
+        if compares_all:
+            with torch.no_grad():
+                teacher_logits = teacher.logits(teacher_hidden)[:, :teacher.num_shared].to(logits.device)
+        chunk = Chunk(shared_logits, shared_logps, label_logps, advice, teacher_logits)
+        return Scores(logps, entropy, shared_logps, label_logps, method.loss(chunk))
+
+    chunks = []
+    teacher_hidden = teacher.hidden(ro, idx) if compares_all else None     # [M, d]
+    advice = advice and advice.apply(lambda x: x[idx][mask])               # [M]
+    with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
+        hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
+        head = Fp32Head(model)
+        targets = completions[mask]                                        # [M]
+        size = head.tokens_per_chunk
+        for start in range(0, max(len(hidden), 1), size):
+            part = slice(start, start + size)
+            inputs = (hidden[part], targets[part],
+                      advice and advice.apply(lambda x: x[part]),
+                      teacher_hidden[part] if compares_all else None)
+            chunks.append(checkpoint(of_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
+    columns = zip(*(vars(chunk).values() for chunk in chunks))
+    scores = Scores(*(torch.cat(parts) for parts in columns))
+    return scores.apply(lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x))
+
+
 # ---------------------------------------------------------------- update
 
-def score_rows(model, ro: Rollout, batch: list[int], teacher: Teacher | None, advice: Advice | None,
-               guidance: str, args: Args) -> tuple[Tensor, ...]:
-    """Of each token of some rows, [n, C]: log pi(a), entropy, log pi(a) over the shared ids, guidance's loss.
+def divergence(scores: Scores, advice: Advice, ids: Tensor, mask: Tensor,
+               teacher: Teacher) -> dict[str, float]:
+    """Return how far student and teacher are apart at these tokens [n, C], as sums over the tokens.
 
-    In bf16 on a GPU; logits and what comes after them are fp32.
+    known: tokens that both have; teacher_nll: -log pi_T(a); k1: log pi(a) - log pi_T(a); mismatch: the
+    teacher's argmax is another token; dropped: the teacher's label is no token of the student.
     """
-    prompts, completions, mask = ro.rows(batch)
-    exact = guidance == "reverse-kl" and not args.topk  # the only one that wants all of the teacher's logits
-    extra = []
-    if exact:
-        extra = [teacher.hidden(ro, batch)]
-    elif teacher:
-        extra = [x[mask] for x in vars(advice.rows(batch)).values()]
-
-    def values(logits: Tensor, ids: Tensor, *extra: Tensor) -> tuple[Tensor, ...]:
-        logps, entropy = log_prob_and_entropy(logits, ids)
-        entropy = policy_entropy(logits) if args.entropy_bonus else entropy
-        if teacher is None:
-            return logps, entropy, logps, torch.zeros_like(logps)
-        shared = logits[:, :teacher.shared]
-        shared_logps, guide_loss = chosen_logps(shared, ids), torch.zeros_like(logps)
-        if exact:
-            with torch.no_grad():
-                theirs = teacher.model.get_output_embeddings()(extra[0]).float() / args.temperature
-                theirs = teacher.align(theirs)[:, :teacher.shared].to(logits.device)
-            return logps, entropy, shared_logps, reverse_kl(shared, theirs)
-        labels, teacher_logps, _, top_ids, top_logits = extra
-        if guidance in WITH_LABELS:
-            guide_loss = label_loss(shared, labels)
-        elif guidance == "tgpo-topk":
-            guide_loss = topk_forward_kl(shared, top_ids, top_logits)
-        elif guidance == "kdrl":
-            guide_loss = k2(shared_logps, teacher_logps)
-        elif guidance == "reverse-kl":
-            guide_loss = reverse_kl(shared.gather(-1, top_ids), top_logits)
-        return logps, entropy, shared_logps, guide_loss
-
-    with torch.autocast(ro.mask.device.type, torch.bfloat16, enabled=args.bf16):
-        extra = [completions[mask], *extra]
-        return token_values(values, model, prompts, completions, mask, extra, args.temperature)
-
-
-def token_bonus(old_shared_logps: Tensor, old_guide_loss: Tensor, ids: Tensor, advice: Advice,
-                guidance: str) -> Tensor | float:
-    """What the methods that put the teacher's word into the advantage add to it, [n, C]."""
-    if guidance == "rkl":
-        return rkl_advantages(old_shared_logps, advice.logps)
-    if guidance in ("tgpo-adv", "tgpo-adv-matched"):  # their guidance's loss is label_loss, -log pi(y*)
-        return label_bonus(-old_guide_loss, advice.labels == ids if guidance == "tgpo-adv-matched" else True)
-    return 0.0
-
-
-def divergence_sums(shared_logps: Tensor, ids: Tensor, mask: Tensor, advice: Advice,
-                    shared: int) -> dict[str, Tensor]:
-    """How far apart the two are at the tokens [n, C], as sums over each row [n]: what training logs."""
-    known = mask & (ids < shared)
-    nll, k1 = (torch.where(known, x, 0.0) for x in (-advice.logps, shared_logps - advice.logps))
-    return {"known": known.sum(1), "nll": nll.sum(1), "k1": k1.sum(1), "confident": (k1 > 0).sum(1),
-            "mismatch": (mask & ~advice.agrees).sum(1), "dropped": (mask & (advice.labels < 0)).sum(1)}
+    known = mask & (ids < teacher.num_shared)
+    return {
+        "known": known.sum().item(),
+        "teacher_nll": -advice.logps[known].sum().item(),
+        "k1": (scores.shared_logps - advice.logps)[known].sum().item(),
+        "mismatch": (mask & ~advice.agrees).sum().item(),
+        "dropped": (mask & (advice.labels < 0)).sum().item(),
+    }
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher | None, coef: float,
            args: Args) -> dict[str, float]:
-    """All optimizer steps of one rollout batch, whose rows have these advantages [N] -> metrics.
+    """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
 
-    Rows whose advantage is 0 are skipped while nothing else moves them (coef is 0). They contribute no
-    gradient but still count in the normaliser.
+    Samples without a gradient are skipped, but they count in the normalizer: their advantage is 0, and the
+    guidance's weight `coef` is 0, too.
     """
-    guidance, advantages = args.guidance if coef else "none", advantages * args.reward_weight
-    lengths, sums, norms = ro.lengths(), Sums(), []
-    live = {i for i, A in enumerate(advantages.tolist()) if A or guidance != "none" or args.entropy_bonus}
+    method = METHODS[args.guidance] if coef else METHODS["none"]
+    advantages = advantages * args.reward_weight
+    lengths = ro.lengths()
+    num_problems = len(advantages) // args.group_size                      # b
+    has_gradient = (advantages != 0).tolist()
+    if method is not METHODS["none"] or args.entropy_bonus:
+        has_gradient = [True] * len(advantages)
     advantages = advantages.to(ro.mask.device)
-    advice = teacher.advise(ro, live) if teacher else None
-    taught = ro.mask  # [N, C] where the guidance has something to say: labels the student lacks are dropped
-    if guidance in WITH_LABELS:
-        taught = ro.mask & (advice.labels >= 0)
-    elif guidance in ("rkl", "kdrl"):
-        taught = ro.mask & (ro.completions < teacher.shared)
-    old_scores = None  # one update: pi_old is pi. Both are over all of V, whatever --top_p
+    all_trained = np.flatnonzero(has_gradient).tolist()
+    advice = teacher.read(ro, all_trained) if teacher else None
+    guided_mask = ro.mask  # [N, C] tokens that the guidance has something to say about
+    if method.uses_labels:
+        guided_mask = ro.mask & (advice.labels >= 0)
+    if method.uses_logps:
+        guided_mask = ro.mask & (ro.completions < teacher.num_shared)
+    old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_scores = torch.zeros(4, *ro.mask.shape, device=ro.mask.device)
+        zeros = torch.zeros(ro.mask.shape, device=ro.mask.device)          # [N, C]
+        old_scores = Scores(*[zeros.clone() for _ in range(5)])
         with torch.no_grad():
-            for batch in microbatches(live, lengths, args.microbatch_tokens):
-                scores = score_rows(model, ro, batch, teacher, advice, guidance, args)
-                old_scores[:, batch] = torch.stack(scores)
+            for idx in microbatches(all_trained, lengths, args.microbatch_tokens):
+                scores = token_scores(model, ro, idx, teacher, advice, method, args)
+                for name, tensor in vars(old_scores).items():
+                    tensor[idx] = getattr(scores, name)
 
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "known", "teacher_nll",
+                          "k1", "mismatch", "dropped"), 0.0)
+    grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
-    # An update takes the same places of the step's batch, however many processes share it.
-    for places in np.array_split(np.arange(args.prompts_per_step), args.updates_per_rollout):
-        problems = [q for q, place in enumerate(my_share(range(args.prompts_per_step))) if place in places]
-        rows = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        n_rows, n_tokens, n_taught = total(len(rows), ro.mask[rows].sum(), taught[rows].sum())
-        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, n_rows, n_tokens)
-        taught_weights = token_weights(taught, args.loss_type, args.max_new_tokens, n_rows, n_taught)
-        for batch in microbatches([i for i in rows if i in live], lengths, args.microbatch_tokens, sums):
-            mask, ids = ro.mask[batch], ro.completions[batch]
-            scores = score_rows(model, ro, batch, teacher, advice, guidance, args)
-            logps, entropy, shared_logps, guide_loss = scores
-            olds = [x.detach() for x in scores] if old_scores is None else old_scores[:, batch]
-            old, _, old_shared_logps, old_guide_loss = olds
-            A = advantages[batch]
-            if advice is not None:
-                said = advice.rows(batch)
-                bonus = token_bonus(old_shared_logps, old_guide_loss, ids, said, guidance)
-                A = A[:, None] + coef * taught[batch] * bonus
-                apart = divergence_sums(old_shared_logps, ids, mask, said, teacher.shared)
-                sums.add(**{name: x.sum() for name, x in apart.items()})
-            token_loss, clipped = policy_loss(logps, old, A, mask, args.clip_low, args.clip_high)
-            token_loss = token_loss - args.entropy_bonus * entropy
-            loss = (token_loss * weights[batch, None]).sum()
-            if guidance in AS_LOSS:
-                loss = loss + coef * (guide_loss * taught[batch] * taught_weights[batch, None]).sum()
+    # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
+    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
+        num_samples, num_tokens, num_guided = sum_over_processes(
+            len(samples), ro.mask[samples].sum(), guided_mask[samples].sum())
+        weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
+        guide_weights = token_weights(guided_mask, args.loss_type, args.max_new_tokens, num_samples,
+                                      num_guided)
+
+        # 1. GRPO + guidance: accumulate the gradient over micro-batches
+        trained = [i for i in samples if has_gradient[i]]
+        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+            mask = ro.mask[idx]                                            # [n, C]
+            ids = ro.completions[idx]                                      # [n, C]
+            scores = token_scores(model, ro, idx, teacher, advice, method, args)
+            old = scores.apply(Tensor.detach) if old_scores is None else old_scores.apply(lambda x: x[idx])
+            told = advice and advice.apply(lambda x: x[idx])               # [n, C]
+            A = advantages[idx]                                            # [n]
+            if method.bonus:
+                A = A[:, None] + coef * guided_mask[idx] * method.bonus(old, told, ids)  # [n, C]
+            loss_per_token, clipped = policy_loss(scores.logps, old.logps, A, mask, args.clip_low,
+                                                  args.clip_high)
+            loss_per_token = loss_per_token - args.entropy_bonus * scores.entropy
+            loss = (loss_per_token * weights[idx, None]).sum()
+            if method.loss:
+                guide_loss = scores.guide_loss * guided_mask[idx]
+                loss = loss + coef * (guide_loss * guide_weights[idx, None]).sum()
             loss.backward()
-            sums.add(loss=loss, entropy=entropy.sum(), clipped=clipped.sum(), scored=mask.sum())
-        norms.append(optimizer_step(model, optimizer, args.max_grad_norm))
+            if teacher:
+                for name, value in divergence(old, told, ids, mask, teacher).items():
+                    sums[name] += value
+            sums["loss"] += loss.item()
+            sums["entropy"] += scores.entropy.sum().item()
+            sums["clipped"] += clipped.sum().item()
+            sums["tokens"] += mask.sum().item()
+            sums["real"] += sum(lengths[i] for i in idx)
+            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+
+        # 2. clip the gradient and step, unless no sample of any process has a gradient
+        if sum_over_processes(len(trained))[0] > 0:
+            grad_norm = clip_gradient(model, args.max_grad_norm)
+            grad_norms.append(grad_norm)
+            if math.isfinite(grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
     model.eval()
     if teacher:
         teacher.rest()
-    sums = sums.of_all()
-    metrics = sums.metrics(norms)
-    if teacher and sums["scored"]:
-        known = max(sums["known"], 1)
-        metrics |= {"tgpo/coef": coef, "tgpo/teacher_nll": sums["nll"] / known,
-                    "tgpo/reverse_kl_k1": sums["k1"] / known,
-                    "tgpo/student_more_confident": sums["confident"] / known,
-                    "tgpo/mismatch": sums["mismatch"] / sums["scored"],
-                    "tgpo/dropped_labels": int(sums["dropped"])}
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / args.updates_per_rollout,
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+    if sums["known"]:
+        metrics["tgpo/coef"] = coef
+        metrics["tgpo/teacher_nll"] = sums["teacher_nll"] / sums["known"]
+        metrics["tgpo/reverse_kl_k1"] = sums["k1"] / sums["known"]
+        metrics["tgpo/mismatch"] = sums["mismatch"] / sums["tokens"]
+        metrics["tgpo/dropped_labels"] = int(sums["dropped"])
     return metrics
 
 
-# ---------------------------------------------------------------- divergence
-
-@torch.no_grad()
-def measure(model, tokenizer, teacher: Teacher, prompts: list[list[int]], args: Args) -> dict[str, dict]:
-    """What training logs of the two, and the exact reverse KL: means over rollouts, with standard errors."""
-    seed_everything(args.seed, "divergence")
-    ro, found = rollout(model, tokenizer, prompts, args), torch.zeros(len(prompts), 7)
-    advice = teacher.advise(ro, list(range(len(prompts))))
-    exact = replace(args, topk=None)
-    for batch in microbatches(range(len(prompts)), ro.lengths(), args.microbatch_tokens):
-        mask, n = ro.mask[batch], ro.mask[batch].sum(1)
-        _, _, shared_logps, reverse = score_rows(model, ro, batch, teacher, advice, "reverse-kl", exact)
-        s = divergence_sums(shared_logps, ro.completions[batch], mask, advice.rows(batch), teacher.shared)
-        known = s["known"].clamp(min=1)
-        found[batch] = torch.stack([s["nll"] / known, s["k1"] / known, reverse.sum(1) / n, s["mismatch"] / n,
-                                    s["confident"] / known, n, ro.truncated[batch]], 1).cpu().float()
-    teacher.rest()
-    found = all_shares(found)
-    names = "teacher_nll reverse_kl_k1 reverse_kl mismatch student_more_confident length truncated".split()
-    pairs = zip(found.mean(0).tolist(), (found.std(0) / len(found) ** 0.5).tolist())
-    return {name: {"mean": mean, "standard_error": error} for name, (mean, error) in zip(names, pairs)}
-
-
-def say_divergence(report: dict[str, dict], run: Run) -> None:
-    if rank() == 0:
-        write_atomic(run.dir / "divergence.json", json.dumps(report, indent=2) + "\n")
-    rows = [[name, *[f"{x:.4g}" for x in values.values()]] for name, values in report.items()]
-    say_table([["divergence", "mean", "standard error"], *rows])
-
-
 # ---------------------------------------------------------------- main
+
+def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
+    """Return the share of correct answers to the held-out problems, with --eval_samples for each."""
+    if not problems:
+        return {}
+    seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
+    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+    ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
+    correct = reward(ro.texts, samples) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+    return {"eval/accuracy": num_correct / num_samples}
+
 
 @program
 def main() -> None:
     args = parse_args(Args)
     check_args(args)
+    run = Run(args)                                   # checks the directory, writes nothing yet
     reward = load_reward(args.reward)
-    run = Run(args)
     tokenizer = load_tokenizer(args.model)
     teacher_tokenizer = load_tokenizer(args.teacher, "--teacher") if args.teacher else tokenizer
     check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
-    train, held_out = load_problems(args, tokenizer)
-    check_teacher(args, tokenizer, teacher_tokenizer, train + held_out)
-    warmup, train = warmup_split(train, tokenizer, reward, args)
-    run.plan(train, warmup, str(args.group_size))
+    data = load_data(args, tokenizer, reward)
+    if args.teacher:
+        check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.held_out)
+    run.print_plan(data, f"{args.group_size}")
     if args.dry_run:
         return
-    model = load_policy(args)
-    ends = stop_ids(model, tokenizer)
-    teacher = Teacher(args, tokenizer, teacher_tokenizer, ends) if args.teacher else None
-    run.create()
-    sft_warmup(model, tokenizer, warmup, run, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    model = load_policy(args)                         # fp32 weights, sharded under torchrun
+    teacher = None
+    if args.teacher:
+        teacher = Teacher(args, tokenizer, teacher_tokenizer, stop_ids(model, tokenizer))
+    run.create(data)
+    sft_warmup(model, tokenizer, data.warmup, run, args)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    step = start = run.resume(model, optimizer)       # 0 for a new run
+    if start == 0 and data.held_out:
+        run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
-    def prompt(row: dict) -> list[int]:
-        return build_prompt(tokenizer, row["problem"], args.system_prompt)
-
-    def evaluate() -> dict[str, float]:
-        return held_out_accuracy(model, tokenizer, held_out, reward, args)
-
-    if args.measure_divergence:
-        some = my_share(((held_out or train) * args.measure_divergence)[:args.measure_divergence])
-        report = measure(model, tokenizer, teacher, [prompt(row) for row in some], args)
-        return run.stop("measuring the divergence") if run.stopped() else say_divergence(report, run)
-
-    run.begin(model, tokenizer, optimizer, evaluate)
-    for step in run.steps():
+    for step in range(start + 1, args.steps + 1):
         # ---- sample problems
-        problems = my_share(batch_of_step(train, step, args.prompts_per_step, args.seed))  # b of B
-        rows = [row for row in problems for _ in range(args.group_size)]  # N, a problem's side by side
+        seed_everything(args.seed, "step", step)
+        problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
+        samples = [problem for problem in problems for _ in range(args.group_size)]                # N
 
         # ---- rollout
-        ro = rollout(model, tokenizer, [prompt(row) for row in rows], args)
-        run.lap("rollout")
-        if run.stopped():  # the rollout was cut short, so this step is discarded
-            break
+        rollout_start = time.perf_counter()
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+        ro = rollout(model, tokenizer, prompts, args.temperature, args)
+        rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, rows)  # [N]
-        groups = all_shares(rewards.view(len(problems), args.group_size))  # [B, G], of all processes
+        rewards = reward(ro.texts, samples)                                           # [N]
+        groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
         advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
-        run.lap("grade")
 
         # ---- update
+        train_start = time.perf_counter()
+        lr = learning_rate(step, args.lr, args.lr_schedule, args.lr_warmup_steps, args.steps)
+        optimizer.param_groups[0]["lr"] = lr
         coef = coefficient(step, args.coefficient, args.coefficient_fall)
         metrics = update(model, optimizer, ro, advantages, teacher, coef, args)
+        train_end = time.perf_counter()
 
-        # ---- log and save
-        run.log(step, rows, ro, rewards, metrics)
-        run.evaluate_and_save()
-    run.finish()
+        # ---- log, evaluate, save
+        num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+        metrics |= {
+            "reward": groups.mean().item(),
+            "reward_std": groups.std(1).mean().item(),
+            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+            "completions/mean_length": num_tokens / groups.numel(),
+            "completions/clipped_ratio": num_truncated / groups.numel(),
+            "lr": lr,
+            "time/rollout_s": rollout_end - rollout_start,
+            "time/grade_s": train_start - rollout_end,
+            "time/train_s": train_end - train_start,
+            "tokens_per_s": num_tokens / (train_end - rollout_start),
+        }
+        is_due = args.eval_every and step % args.eval_every == 0
+        if is_due or step == args.steps:
+            metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
+        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+        if args.save_every and step % args.save_every == 0:
+            run.save(step, model, optimizer)
+        if run.should_stop():
+            break
+    run.finish(step, model, tokenizer, optimizer)
 
 
 if __name__ == "__main__":
