@@ -191,6 +191,32 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
 
 # ---------------------------------------------------------------- update
 
+@torch.no_grad()
+def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> Tensor:
+    """Return log pi_old of every completion token, [N, C], 0 for other samples."""
+    old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
+    for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
+        old_logps[idx], _ = token_logps(model, ro, idx, args)
+    return old_logps
+
+
+def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
+    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / max(len(grad_norms), 1),
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+    return metrics
+
+
 def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dict[str, float]:
     """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
 
@@ -202,12 +228,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)      # [N, C]
-        with torch.no_grad():
-            trained = np.flatnonzero(has_gradient).tolist()
-            for idx in microbatches(trained, lengths, args.microbatch_tokens):
-                old_logps[idx], _ = token_logps(model, ro, idx, args)
-
+        old_logps = logps_before_update(model, ro, np.flatnonzero(has_gradient).tolist(), args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded"), 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
@@ -242,19 +263,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
                 optimizer.step()
             optimizer.zero_grad()
     model.eval()
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
-    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics = {
-        "loss": sums["loss"] / args.updates_per_rollout,
-        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
-        "updates": len(finite_norms),
-        "skipped_updates": len(grad_norms) - len(finite_norms),
-    }
-    if sums["tokens"]:
-        metrics["entropy"] = sums["entropy"] / sums["tokens"]
-        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
-    return metrics
+    return update_metrics(sums, grad_norms)
 
 
 # ---------------------------------------------------------------- main
@@ -270,6 +279,18 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
     correct = reward(ro.texts, samples) >= 0.5
     num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
     return {"eval/accuracy": num_correct / num_samples}
+
+
+def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
+    """Return the metrics of a step's samples, whose rewards are `groups` [B, G]."""
+    num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+    return {
+        "reward": groups.mean().item(),
+        "reward_std": groups.std(1).mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "completions/mean_length": num_tokens / groups.numel(),
+        "completions/clipped_ratio": num_truncated / groups.numel(),
+    }
 
 
 @program
@@ -316,18 +337,13 @@ def main() -> None:
         train_end = time.perf_counter()
 
         # ---- log, evaluate, save
-        num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+        metrics |= rollout_metrics(ro, groups)
         metrics |= {
-            "reward": groups.mean().item(),
-            "reward_std": groups.std(1).mean().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-            "completions/mean_length": num_tokens / groups.numel(),
-            "completions/clipped_ratio": num_truncated / groups.numel(),
             "lr": lr,
             "time/rollout_s": rollout_end - rollout_start,
             "time/grade_s": train_start - rollout_end,
             "time/train_s": train_end - train_start,
-            "tokens_per_s": num_tokens / (train_end - rollout_start),
+            "tokens_per_s": sum_over_processes(ro.mask.sum())[0] / (train_end - rollout_start),
         }
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:

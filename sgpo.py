@@ -372,6 +372,65 @@ def choose_targets(model, ro: Rollout, guidance: Guidance, problems: list[int],
 
 # ---------------------------------------------------------------- update
 
+@torch.no_grad()
+def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> Tensor:
+    """Return log pi_old of every completion token, [N, C], 0 for other samples."""
+    old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
+    for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
+        old_logps[idx], _ = token_logps(model, ro, idx, args)
+    return old_logps
+
+
+def distil(model, ro: Rollout, guidance: Guidance, problems: list[int], sums: dict[str, float],
+           args: Args) -> list[int]:
+    """Accumulate the gradient of alpha(q) L_KD(q), averaged over the update's problems; return the targets.
+
+    L_KD is the mean over a target's tokens of the clipped KL (Eq. 2, 5). `sums` collects the metrics.
+    """
+    num_problems, = sum_over_processes(len(problems))
+    targets = choose_targets(model, ro, guidance, problems, args)
+    lengths = ro.mask.sum(1).tolist()
+    weights = torch.zeros(len(ro.mask), device=ro.mask.device)             # [N] of every token of a target
+    for q, samples in targets.items():
+        for i in samples:
+            weights[i] = guidance.alpha[q] / (num_problems * len(samples) * lengths[i])
+    distilled = [i for samples in targets.values() for i in samples]
+    longer_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, lengths)]
+    delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
+    for idx in microbatches(distilled, longer_lengths, args.microbatch_tokens):
+        if args.distill == "sft":
+            d = -token_logps(model, ro, idx, args)[0]                      # [n, C]
+        else:
+            d = token_kl(model, ro, idx, args)                             # [n, C]
+        loss = (clip_kl(d, delta) * weights[idx, None]).sum()
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["kl"] += d.sum().item()
+        sums["kl_clipped"] += (d > delta).sum().item()
+        sums["kl_tokens"] += ro.mask[idx].sum().item()
+    return distilled
+
+
+def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
+    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / max(len(grad_norms), 1),
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+    if sums["kl_tokens"]:
+        metrics["sgpo/kl"] = sums["kl"] / sums["kl_tokens"]
+        metrics["sgpo/kl_clipped_frac"] = sums["kl_clipped"] / sums["kl_tokens"]
+    return metrics
+
+
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
            args: Args) -> dict[str, float]:
     """Run all optimizer steps for one rollout and return the metrics; advantages are those of GRPO's samples.
@@ -385,16 +444,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)      # [N, C]
-        with torch.no_grad():
-            trained = np.flatnonzero(has_gradient).tolist()
-            for idx in microbatches(trained, lengths, args.microbatch_tokens):
-                old_logps[idx], _ = token_logps(model, ro, idx, args)
-
-    completion_lengths = ro.mask.sum(1).tolist()
-    guided_lengths = [len(p) + length for p, length in zip(ro.sampled_from, completion_lengths)]
-    # -log pi of SFT is no KL, so there is nothing to clip
-    delta = math.inf if args.distill == "sft" else args.delta
+        old_logps = logps_before_update(model, ro, np.flatnonzero(has_gradient).tolist(), args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "kl", "kl_clipped",
                           "kl_tokens"), 0.0)
     grad_norms = []
@@ -422,26 +472,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
             sums["real"] += sum(lengths[i] for i in idx)
             sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
-        # 2. SGPO: add alpha(q) L_KD(q), averaged over the problems of the update (Eq. 7)
-        num_problems_of_all, = sum_over_processes(len(problems))
-        targets = choose_targets(model, ro, guidance, problems.tolist(), args)
-        kd_weights = torch.zeros(len(ro.mask), device=ro.mask.device)      # [N]
-        for q, chosen in targets.items():
-            for i in chosen:
-                mean_over_tokens = 1 / (len(chosen) * completion_lengths[i])
-                kd_weights[i] = guidance.alpha[q] * mean_over_tokens / num_problems_of_all
-        distilled = [i for chosen in targets.values() for i in chosen]
-        for idx in microbatches(distilled, guided_lengths, args.microbatch_tokens):
-            if args.distill == "sft":
-                d = -token_logps(model, ro, idx, args)[0]                  # [n, C]
-            else:
-                d = token_kl(model, ro, idx, args)                         # [n, C]
-            loss = (clip_kl(d, delta) * kd_weights[idx, None]).sum()
-            loss.backward()
-            sums["loss"] += loss.item()
-            sums["kl"] += d.sum().item()
-            sums["kl_clipped"] += (d > delta).sum().item()
-            sums["kl_tokens"] += ro.mask[idx].sum().item()
+        # 2. SGPO: add the gradient of alpha(q) L_KD(q), averaged over the problems (Eq. 7)
+        distilled = distil(model, ro, guidance, problems.tolist(), sums, args)
 
         # 3. clip the gradient and step, unless no sample of any process has a gradient
         if sum_over_processes(len(trained) + len(distilled))[0] > 0:
@@ -451,22 +483,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
                 optimizer.step()
             optimizer.zero_grad()
     model.eval()
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
-    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics = {
-        "loss": sums["loss"] / args.updates_per_rollout,
-        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
-        "updates": len(finite_norms),
-        "skipped_updates": len(grad_norms) - len(finite_norms),
-    }
-    if sums["tokens"]:
-        metrics["entropy"] = sums["entropy"] / sums["tokens"]
-        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
-    if sums["kl_tokens"]:
-        metrics["sgpo/kl"] = sums["kl"] / sums["kl_tokens"]
-        metrics["sgpo/kl_clipped_frac"] = sums["kl_clipped"] / sums["kl_tokens"]
-    return metrics
+    return update_metrics(sums, grad_norms)
 
 
 # ---------------------------------------------------------------- main
@@ -487,6 +504,42 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args,
     correct = reward(ro.texts, samples) >= 0.5
     num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
     return {"eval/accuracy_guided" if guided else "eval/accuracy": num_correct / num_samples}
+
+
+def add_guided_samples(problems: list[dict], samples: list[dict], prompts: list[list[int]], tokenizer,
+                       args: Args) -> tuple[dict[int, list[int]], list[list[int]]]:
+    """Append the guided samples and the prompts that they are scored under, WITHOUT the strategy.
+
+    Return the guided samples of each problem that has a strategy, and the prompts that all samples are drawn
+    from.
+    """
+    sampled_from = list(prompts)
+    guided_samples = {}
+    for q, problem in enumerate(problems):
+        if args.distill == "none" or "strategy" not in problem:
+            continue
+        prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt)
+        guided_prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt, problem["strategy"])
+        first = len(samples)
+        guided_samples[q] = list(range(first, first + args.guided_group_size))
+        samples += [{**problem, "guided": True}] * args.guided_group_size
+        prompts += [prompt] * args.guided_group_size
+        sampled_from += [guided_prompt] * args.guided_group_size
+    return guided_samples, sampled_from
+
+
+def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
+    """Return the metrics of a step's samples, whose rewards are `groups` [B, G]; guided samples do not count."""
+    num_auto = groups.numel() // world_size()  # they come first
+    mask, truncated = ro.mask[:num_auto], ro.truncated[:num_auto]
+    num_tokens, num_truncated = sum_over_processes(mask.sum(), truncated.sum())
+    return {
+        "reward": groups.mean().item(),
+        "reward_std": groups.std(1).mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "completions/mean_length": num_tokens / groups.numel(),
+        "completions/clipped_ratio": num_truncated / groups.numel(),
+    }
 
 
 @program
@@ -529,18 +582,7 @@ def main() -> None:
         samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
         num_auto = len(samples)
         prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
-        sampled_from = list(prompts)
-        guided_samples = {}  # problem -> its samples that see the strategy
-        for q, problem in enumerate(problems):
-            if args.distill == "none" or "strategy" not in problem:
-                continue
-            guided_samples[q] = list(range(len(samples), len(samples) + args.guided_group_size))
-            guided_prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt,
-                                         problem["strategy"])
-            for _ in guided_samples[q]:
-                samples.append({**problem, "guided": True})
-                prompts.append(prompts[q * args.group_size])
-                sampled_from.append(guided_prompt)
+        guided_samples, sampled_from = add_guided_samples(problems, samples, prompts, tokenizer, args)
 
         # ---- rollout
         rollout_start = time.perf_counter()
@@ -563,19 +605,13 @@ def main() -> None:
         train_end = time.perf_counter()
 
         # ---- log, evaluate, save
-        num_written, num_tokens, num_truncated = sum_over_processes(
-            ro.mask.sum(), ro.mask[:num_auto].sum(), ro.truncated[:num_auto].sum())
+        metrics |= rollout_metrics(ro, groups)
         metrics |= {
-            "reward": groups.mean().item(),
-            "reward_std": groups.std(1).mean().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-            "completions/mean_length": num_tokens / groups.numel(),
-            "completions/clipped_ratio": num_truncated / groups.numel(),
             "lr": lr,
             "time/rollout_s": rollout_end - rollout_start,
             "time/grade_s": train_start - rollout_end,
             "time/train_s": train_end - train_start,
-            "tokens_per_s": num_written / (train_end - rollout_start),
+            "tokens_per_s": sum_over_processes(ro.mask.sum())[0] / (train_end - rollout_start),
         }
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:

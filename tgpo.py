@@ -537,6 +537,41 @@ def divergence(scores: Scores, advice: Advice, ids: Tensor, mask: Tensor,
     }
 
 
+@torch.no_grad()
+def scores_before_update(model, ro: Rollout, samples: list[int], teacher: Teacher | None,
+                         advice: Advice | None, method: Method, args: Args) -> Scores:
+    """Return the scores of pi_old for every completion token, [N, C], 0 for other samples."""
+    names = Scores.__dataclass_fields__
+    old = Scores(**{name: torch.zeros(ro.mask.shape, device=ro.mask.device) for name in names})
+    for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
+        scores = token_scores(model, ro, idx, teacher, advice, method, args)
+        for name in names:
+            getattr(old, name)[idx] = getattr(scores, name)
+    return old
+
+
+def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
+    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
+    metrics = {
+        "loss": sums["loss"] / max(len(grad_norms), 1),
+        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
+        "updates": len(finite_norms),
+        "skipped_updates": len(grad_norms) - len(finite_norms),
+    }
+    if sums["tokens"]:
+        metrics["entropy"] = sums["entropy"] / sums["tokens"]
+        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
+        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+    if sums["known"]:
+        metrics["tgpo/teacher_nll"] = sums["teacher_nll"] / sums["known"]
+        metrics["tgpo/reverse_kl_k1"] = sums["k1"] / sums["known"]
+        metrics["tgpo/mismatch"] = sums["mismatch"] / sums["tokens"]
+        metrics["tgpo/dropped_labels"] = int(sums["dropped"])
+    return metrics
+
+
 def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher | None, coef: float,
            args: Args) -> dict[str, float]:
     """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
@@ -561,13 +596,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         guided_mask = ro.mask & (ro.completions < teacher.num_shared)
     old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        zeros = torch.zeros(ro.mask.shape, device=ro.mask.device)          # [N, C]
-        old_scores = Scores(*[zeros.clone() for _ in range(5)])
-        with torch.no_grad():
-            for idx in microbatches(all_trained, lengths, args.microbatch_tokens):
-                scores = token_scores(model, ro, idx, teacher, advice, method, args)
-                for name, tensor in vars(old_scores).items():
-                    tensor[idx] = getattr(scores, name)
+        old_scores = scores_before_update(model, ro, all_trained, teacher, advice, method, args)
 
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "known", "teacher_nll",
                           "k1", "mismatch", "dropped"), 0.0)
@@ -621,25 +650,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     model.eval()
     if teacher:
         teacher.rest()
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
-    finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
-    metrics = {
-        "loss": sums["loss"] / args.updates_per_rollout,
-        "grad_norm": sum(finite_norms) / max(len(finite_norms), 1),
-        "updates": len(finite_norms),
-        "skipped_updates": len(grad_norms) - len(finite_norms),
-    }
-    if sums["tokens"]:
-        metrics["entropy"] = sums["entropy"] / sums["tokens"]
-        metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
-    if sums["known"]:
-        metrics["tgpo/coef"] = coef
-        metrics["tgpo/teacher_nll"] = sums["teacher_nll"] / sums["known"]
-        metrics["tgpo/reverse_kl_k1"] = sums["k1"] / sums["known"]
-        metrics["tgpo/mismatch"] = sums["mismatch"] / sums["tokens"]
-        metrics["tgpo/dropped_labels"] = int(sums["dropped"])
-    return metrics
+    return update_metrics(sums, grad_norms)
 
 
 # ---------------------------------------------------------------- main
@@ -655,6 +666,18 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
     correct = reward(ro.texts, samples) >= 0.5
     num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
     return {"eval/accuracy": num_correct / num_samples}
+
+
+def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
+    """Return the metrics of a step's samples, whose rewards are `groups` [B, G]."""
+    num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+    return {
+        "reward": groups.mean().item(),
+        "reward_std": groups.std(1).mean().item(),
+        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "completions/mean_length": num_tokens / groups.numel(),
+        "completions/clipped_ratio": num_truncated / groups.numel(),
+    }
 
 
 @program
@@ -710,18 +733,14 @@ def main() -> None:
         train_end = time.perf_counter()
 
         # ---- log, evaluate, save
-        num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+        metrics |= rollout_metrics(ro, groups)
+        metrics["tgpo/coef"] = coef
         metrics |= {
-            "reward": groups.mean().item(),
-            "reward_std": groups.std(1).mean().item(),
-            "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
-            "completions/mean_length": num_tokens / groups.numel(),
-            "completions/clipped_ratio": num_truncated / groups.numel(),
             "lr": lr,
             "time/rollout_s": rollout_end - rollout_start,
             "time/grade_s": train_start - rollout_end,
             "time/train_s": train_end - train_start,
-            "tokens_per_s": num_tokens / (train_end - rollout_start),
+            "tokens_per_s": sum_over_processes(ro.mask.sum())[0] / (train_end - rollout_start),
         }
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:

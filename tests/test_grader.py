@@ -107,7 +107,8 @@ def test_extraction_takes_linear_time(text):
 # ---- hostile and odd input
 
 HOSTILE = [
-    "9^{9^{9^{9}}}", "9**9**9**9", "((((90!)!)!)!)", "100000000!", "(" * 99 + "3" + ")" * 99, "9" * 1_000_000,
+    "9^{9^{9^{9}}}", "9**9**9**9", "((((90!)!)!)!)", "100000000!", "(" * 99 + "3" + ")" * 99,
+    "9" * 1_000_000,
     r"\sqrt{" * 150 + "2" + "}" * 150, r"\frac{1}{1+" * 99 + "1" + "}" * 99, "30\0", "\ud800", "3\u200b0", "29=30",
     "=".join(["30"] * 300) + "=31", "eval(\"open('M','w')\")", r"\text{__import__('os').system('touch M')}",
     r"\sum_{k=1}^{10^9} k", r"\sum_{k=1}^{10^9}k=30", r"\int_0^1 x^{x^x} dx", "2^" * 400, "30 or 31", "," * 900,
@@ -143,7 +144,8 @@ def test_unparsable_gold_never_scores(gold):
 
 
 @pytest.mark.parametrize("response, gold, outcome", [
-    (boxed("1"), "1", "right"), (boxed("2"), "1", "wrong"), ("1", "1", "no_box"), (boxed("1"), "", "unparsable_gold"),
+    (boxed("1"), "1", "right"), (boxed("2"), "1", "wrong"), ("1", "1", "no_box"),
+    (boxed("1"), "", "unparsable_gold"),
     (boxed(STUCK), STUCK_GOLD, "timeouts")])
 def test_outcome_is_counted(response, gold, outcome):
     before = Counter(grader_counts)
@@ -176,11 +178,11 @@ def test_killed_worker_is_replaced(fresh_cache):
 
 
 def test_worker_killed_at_work_costs_one_verdict(fresh_cache):
-    before = Counter(grader_counts)
     grade(boxed(FLOOR), "3")
+    before = Counter(grader_counts)
     threading.Timer(0.5, common._worker.kill).start()
-    grade(boxed(STUCK), "3")
-    assert grader_counts - before == {"right": 1, "crashes": 1}
+    grade(boxed(STUCK), STUCK_GOLD)
+    assert grader_counts - before == {"crashes": 1}
 
 
 def test_worker_outlives_ctrl_c_and_loads_no_torch(fresh_cache):
@@ -232,7 +234,7 @@ def test_fork_has_its_own_worker_and_no_worker_outlives_its_parent(tmp_path):
 
 # ---- does a strategy give the answer away?
 
-LEAKS = ["The answer is ${}$.", "Subtract: this leaves exactly {} to report.", "1. Add.\n2. Simplify to get ${}$.",
+LEAKS = ["The answer is ${}$.", "Subtract: this leaves exactly ${}$ to report.", "1. Add.\n2. Simplify to get ${}$.",
          "Divide.\nHence the value is ${}$.", r"Finally, \boxed{{{}}}.", "Adding gives {}, as required.\nThen stop."]
 
 
