@@ -42,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
@@ -263,6 +264,8 @@ class RunFlags:
     warmup_epochs: int = flag(10, "epochs of the SFT warm-up; the best one is kept", "[1, inf)")
     warmup_from: str = flag(None, "reuse this warm-up: the warmup/ folder of a run with the same --seed")
     # memory
+    lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers; 0: train all weights",
+                          "[0, inf)")
     microbatch_tokens: int = flag(16384, "padded tokens in one forward and backward pass; lower it if memory "
                                          "runs out, the gradient does not change", "[1, inf)")
     generation_batch_size: int = flag(192, "most completions that are sampled at the same time", "[1, inf)")
@@ -294,18 +297,20 @@ def parse_args(args_class: type, defaults: dict[str, Any] | None = None) -> Any:
     """Return the command line as an `args_class`.
 
     A JSON file of flags, for example a run's config.json, may come first; flags behind it win. `defaults`
-    replace defaults of the class. The demo model brings defaults of its own.
+    replace defaults of the class. The demo's model and problems bring defaults of their own.
     """
     argv = sys.argv[1:]
     if argv and argv[0].endswith(".json"):
         argv = flags_of_file(argv[0]) + argv[1:]
     description = sys.modules[args_class.__module__].__doc__
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
-    model = last_value(argv, "model", "demo")
-    if model == "demo":
+    is_demo = last_value(argv, "model", "demo") == "demo" or last_value(argv, "benchmarks", "") == "demo"
+    if is_demo:
         parser.set_defaults(**demo_flags(args_class, last_value(argv, "guidance", "tgpo")))
     parser.set_defaults(**(defaults or {}))
-    args, = parser.parse_args_into_dataclasses(argv)
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
     for field in dataclasses.fields(args):
         check_interval(field.name, getattr(args, field.name), field.metadata.get("metavar"))
     return args
@@ -359,8 +364,8 @@ BENCHMARKS = {  # name: hub id, config, split
 # Instructions that a data set puts round the problem. Ours is the system prompt.
 DAPO_WRAPPER = re.compile(r"^Solve the following math problem step by step\. The last line.*?\n\n(.*?)\n\n"
                           r"Remember to put your answer.*$", re.DOTALL)
-GSM8K_WRAPPER = re.compile(r"^(.*?)\s*Let's think step by step and output the final answer after "
-                           r"\"####\"\.\s*$", re.DOTALL)
+VERL_WRAPPER = re.compile(r"^(.*?)\s*Let's think step by step and output the final answer "
+                          r"(?:after \"####\"|within \\boxed\{\})\.\s*$", re.DOTALL)
 
 
 def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tuple[str, Any]]:
@@ -439,7 +444,7 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
             rows = pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
             refuse(f"{path}: not a readable parquet file ({first_line(error)})")
-    elif path.endswith(".json") and Path(path).read_bytes().lstrip()[:1] == b"[":
+    elif path.endswith(".json") and Path(path).read_text("utf-8-sig", "replace").lstrip()[:1] == "[":
         try:
             rows = json.loads(Path(path).read_bytes())
         except (ValueError, RecursionError) as error:
@@ -481,13 +486,14 @@ def to_problem(raw: Any) -> dict:
     solution = raw.get("solution")
     if isinstance(raw.get("prompt"), list):  # LUFFY, DAPO, veRL: chat messages, gold in reward_model
         user_messages = [m["content"] for m in raw["prompt"] if m["role"] == "user"]
-        problem = GSM8K_WRAPPER.sub(r"\1", DAPO_WRAPPER.sub(r"\1", user_messages[-1]))
+        problem = VERL_WRAPPER.sub(r"\1", DAPO_WRAPPER.sub(r"\1", user_messages[-1]))
         answer = (raw.get("reward_model") or {}).get("ground_truth")
-        if raw.get("target"):  # LUFFY: the strong model's response
-            solution = raw["target"][0]["content"]
+        target = raw.get("target")  # LUFFY: the strong model's response; a task of the user: what they like
+        if isinstance(target, list) and target:
+            solution = target[0]["content"]
     elif "final_answer" in raw:  # OlympiadBench: lists of one; DeepMath: strings
         context = raw.get("context")
-        problem = f"{context}\n{problem}" if context else problem
+        problem = problem if is_missing(context) else f"{context}\n{problem}"
         answer = only_element(raw["final_answer"])
         solution = only_element(solution)
     elif isinstance(answer, str) and "\n#### " in answer:  # GSM8K: the answer field holds the solution
@@ -498,9 +504,12 @@ def to_problem(raw: Any) -> dict:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and not is_missing(answer):
         answer = str(answer)
     fields = {"problem": problem, "answer": answer, "solution": solution, "strategy": raw.get("strategy")}
-    for name, value in fields.items():
-        check_text(name, value, required=name in ("problem", "answer"))
-    known = {name: value for name, value in fields.items() if value}
+    known = {name: value for name, value in fields.items() if not is_missing(value)}
+    for name, value in known.items():
+        check_text(name, value)
+    for name in ("problem", "answer"):
+        if not known.get(name, "").strip():
+            raise ValueError(f'row has no "{name}": give it as a non-empty string')
     others = {name: value for name, value in raw.items() if name not in fields}
     row = {**others, **known}
     if is_missing(row.get("id")):
@@ -522,14 +531,11 @@ def only_element(value: Any) -> Any:
     return None if value == [] else value
 
 
-def check_text(name: str, value: Any, required: bool) -> None:
-    """Raise ValueError unless a field is a text that can be encoded, or is absent and may be."""
-    if required and not (isinstance(value, str) and value.strip()):
-        raise ValueError(f'row has no "{name}": give it as a non-empty string')
-    if value is not None and not isinstance(value, str):
+def check_text(name: str, value: Any) -> None:
+    """Raise ValueError unless a field is a text that can be encoded."""
+    if not isinstance(value, str):
         raise ValueError(f'"{name}" must be a string')
-    if value is not None:
-        value.encode()  # half a character (a lone surrogate) raises UnicodeEncodeError, a ValueError
+    value.encode()  # half a character (a lone surrogate) raises UnicodeEncodeError, a ValueError
 
 
 @dataclass
@@ -667,7 +673,7 @@ def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT,
         return tokenizer(text, add_special_tokens=False).input_ids
     parts = [system_prompt, user, "Solution:"]
     ids = tokenizer("\n\n".join(part for part in parts if part)).input_ids
-    if ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it
+    while ids[-1] in tokenizer.all_special_ids:  # some tokenizers append an end token to every text
         ids.pop()
     return ids
 
@@ -687,7 +693,10 @@ def render_chat(tokenizer, user: str, system_prompt: str) -> str:
         except Exception:  # jinja's errors, and whatever a template raises
             pass
         messages = [{"role": "user", "content": f"{system_prompt}\n\n{user}"}]
-    text = apply_template(tokenizer, messages)
+    try:
+        text = apply_template(tokenizer, messages)
+    except Exception as error:
+        refuse(f"the tokenizer's chat template cannot write a prompt ({first_line(error)}); set another one")
     if user.strip() not in text:
         refuse("the tokenizer's chat template leaves the problem out of the prompt; set another one")
     return text
@@ -737,7 +746,7 @@ def solution_ids(tokenizer, solution: str, prompt: list[int]) -> list[int]:
 
     If the prompt's template has opened the thinking, the solution's own opening tag is left out.
     """
-    prompt_end = tokenizer.decode(prompt[-8:]).rstrip()
+    prompt_end = tokenizer.decode(prompt[-32:]).rstrip()
     if prompt_end.endswith("<think>"):
         solution = solution.lstrip().removeprefix("<think>").lstrip("\n")
     return tokenizer(solution, add_special_tokens=False).input_ids + [end_token_id(tokenizer)]
@@ -854,6 +863,8 @@ def load_policy(args: RunFlags):
 
     Several processes share one model with FSDP2, which also serves a single process with --cpu_offload.
     """
+    if args.lora_rank:
+        return load_lora_policy(args)
     is_sharded = dist.is_initialized() or bool(args.cpu_offload)
     model = load_model(args.model, dtype=torch.float32, device="cpu" if is_sharded else None)
     model.requires_grad_()
@@ -863,6 +874,51 @@ def load_policy(args: RunFlags):
     if is_sharded:
         shard(model, args.bf16, args.cpu_offload)
     return model
+
+
+LORA_ALPHA = 32  # "LoRA Without Regret" (Thinking Machines, 2025); adapters want 10 times the learning rate
+
+
+def load_lora_policy(args: RunFlags):
+    """Load the model to train with LoRA: frozen weights, in bf16 on a GPU, and fp32 adapters (package peft).
+
+    Samples are drawn through the adapters. Checkpoints hold the adapters only; model/ is saved merged.
+    """
+    if importlib.util.find_spec("peft") is None:
+        refuse(f"--lora_rank {args.lora_rank} needs a package: pip install peft")
+    if dist.is_initialized() or args.cpu_offload:
+        refuse("--lora_rank runs in one process and without --cpu_offload: its frozen weights take 2 bytes a "
+               "parameter")
+    import peft
+    model = load_model(args.model)
+    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=LORA_ALPHA, target_modules="all-linear")
+    torch.manual_seed(args.seed)  # the adapters' start is random
+    model = peft.inject_adapter_in_model(config, model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    if args.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return model
+
+
+def adapters(model) -> dict[str, Tensor]:
+    """Return the weights of the LoRA adapters; empty for a model without."""
+    return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
+
+
+def merged_weights(model) -> dict[str, Tensor]:
+    """Return the model's weights under their plain names, with LoRA adapters added to them."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer", "")] = weight
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weight = module.base_layer.weight
+            delta = module.get_delta_weight("default")
+            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    return weights
 
 
 def shard(model, bf16: bool, cpu_offload: bool) -> None:
@@ -906,7 +962,12 @@ def device_of(model) -> torch.device:
     return DEVICE if isinstance(model, FSDPModule) else model.device
 
 
-def plan_memory(args: RunFlags) -> str:
+def card_bytes() -> float:
+    """Return the memory of the GPU; no limit without one."""
+    return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
+
+
+def plan_memory(args: RunFlags, card: float) -> str:
     """Switch on activation checkpointing and CPU offload if the card is too small; describe the memory.
 
     Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
@@ -917,13 +978,12 @@ def plan_memory(args: RunFlags) -> str:
     if getattr(args, "teacher", None) and not args.teacher_device:
         teacher = count_parameters(args.teacher, "--teacher")
     needed = 16 * policy / world_size() + 2 * policy + 2 * teacher / world_size()
-    card = torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
     if args.activation_checkpointing is None:
         args.activation_checkpointing = needed > card / 8
     if args.cpu_offload is None:
         args.cpu_offload = needed > 0.75 * card
     line = f"{needed / 1e9:.3g} GB a process for weights, gradients, Adam and sampling copy"
-    if ON_GPU:
+    if card < math.inf:
         line += f"; the card has {card / 1e9:.3g} GB"
     for name in ("activation_checkpointing", "cpu_offload"):
         if getattr(args, name):
@@ -1109,8 +1169,7 @@ def rows_that_fit(model, tokens: int) -> int:
     """Return how many sequences of so many tokens may be sampled at the same time."""
     free = CPU_CACHE_BYTES
     if device_of(model).type == "cuda":
-        card = torch.cuda.get_device_properties(0).total_memory
-        free = GENERATION_SHARE * (card - torch.cuda.memory_allocated())
+        free = GENERATION_SHARE * (card_bytes() - torch.cuda.memory_allocated())
     return max(int(free // kv_bytes(model, tokens)), 1)
 
 
@@ -1443,7 +1502,7 @@ class Run:
             "data": data.summary,
             **more,
             "training": f"{args.steps} steps of {batch}, {epochs:.2g} epochs",
-            "memory": plan_memory(args),
+            "memory": plan_memory(args, card_bytes()),
             "run": args.out,
         }
         print("plan")
@@ -1666,9 +1725,16 @@ def fill_adam_state(optimizer) -> None:
                                   "exp_avg_sq": torch.zeros_like(p)}
 
 
+def training_state(model, optimizer) -> dict[str, dict]:
+    """Return what a checkpoint holds: the weights, with LoRA those of the adapters only, and Adam's state."""
+    options = StateDictOptions(ignore_frozen_params=bool(adapters(model)))
+    return {"model": get_model_state_dict(model, options=options),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+
+
 def save_checkpoint(final: Path, model, optimizer, step: int) -> None:
     """Save model and optimizer with torch's distributed checkpoint; any number of processes can read it."""
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = training_state(model, optimizer)
     with whole_folder(final) as folder:
         dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
         if rank() == 0:
@@ -1677,15 +1743,15 @@ def save_checkpoint(final: Path, model, optimizer, step: int) -> None:
 
 def load_checkpoint(folder: Path, model, optimizer) -> int:
     """Load a checkpoint into model and optimizer and return its step."""
-    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = training_state(model, optimizer)
     try:
         step = json.loads((folder / "step.json").read_text())["step"]
         dcp.FileSystemReader(folder).read_metadata()  # without this dcp.load prints a traceback of its own
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (OSError, ValueError, KeyError, RuntimeError, dcp.api.CheckpointException) as error:
+    except (Exception, dcp.api.CheckpointException) as error:  # of a dozen kinds, pickle's among them
         refuse(f"{folder}: cannot be read ({first_line(error)}); remove it to resume from the one before",
                from_any_process=True)
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not adapters(model)))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return step
 
@@ -1694,6 +1760,9 @@ def load_weights(model, folder: Path) -> None:
     """Load the weights of a Hugging Face directory into a model that is there already."""
     if not (folder / "config.json").is_file():
         refuse(f"{folder}: no model directory; name the warmup/ folder of a run")
+    if adapters(model):
+        model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
+        return
     weights = {}
     if rank() == 0:
         weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -1703,7 +1772,7 @@ def load_weights(model, folder: Path) -> None:
 
 def save_model(model, tokenizer, final: Path) -> None:
     """Save model and tokenizer as a Hugging Face directory, which transformers and vLLM load as it is."""
-    weights = model.state_dict()
+    weights = merged_weights(model)
     if sharded_modules(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
@@ -1719,6 +1788,8 @@ def save_model(model, tokenizer, final: Path) -> None:
         if rank() == 0:
             model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
+            if adapters(model):
+                save_file(adapters(model), folder / "adapters.safetensors")
 
 
 def versions() -> dict[str, Any]:
@@ -1751,7 +1822,7 @@ grader_counts: Counter = Counter()
 
 
 def extract_answer(response: str) -> str | None:
-    r"""Return the text of the last complete top-level \boxed{..} after the last </think>, or None. One pass."""
+    r"""Return the text of the last complete top-level \boxed{..} after the last </think>, or None."""
     text = response[max(response.rfind("</think>"), 0):][-MAX_TAIL:]
     answer = None
     box_starts = []  # for each open brace: where the text of its box begins, or None
@@ -1796,16 +1867,17 @@ def _join_thousands(found: re.Match) -> str:
 
 _DEGREE = r"(?:\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z]))|\\degree(?![a-zA-Z])|\\text\{ ?degrees? ?\})"
 _UNICODE = str.maketrans({
-    "−": "-", "×": "*", "·": "*", "π": r"\pi ", "°": r"^\circ ", "²": "^2", "³": "^3", "√": r"\sqrt ",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∈": r"\in "})
+    "−": "-", "×": "*", "·": "*", "π": r"\pi ", "°": r"^\circ ", "²": "^2", "³": "^3",
+    "√": r"\sqrt ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "∪": r"\cup ", "∈": r"\in "})
 
 # Applied in this order. END marks the end of a command's name. In the examples `->` shows before and after.
 _REWRITES = [
     (r"(?<!\\)\\[()\[\]]|\\?\$|[€£]|\\poundsEND|\\boxed(?=\s*\{)", ""),  # \$5 -> 5, \(x\) -> x
     (r"^\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\s*$", r"\1"),  # {\text{(C)} 12} -> \text{(C)} 12
-    (r"^\s*(?:\*\*|\['|[`\"'])(.*?)(?:\*\*|'\]|[`\"'])\s*$", r"\1"),  # **42** -> 42, ['3', '4'] -> 3', '4
+    (r"^\s*(?:\*\*|\['|[`\"'])(.*?)(?:\*\*|'\]|[`\"'])\s*$", r"\1"),  # **42** -> 42, ['3', '4']
     (r"', '", ", "),  # 3', '4 -> 3, 4
-    (r"\\(?:left|right|middle|[bB]ig+[lrm]?|displaystyle|[lL]arge|bf|square|underline)END\.?", ""),  # \left( -> (
+    (r"\\(?:left|right|middle|[bB]ig+[lrm]?|displaystyle|[lL]arge|bf|square|underline)END\.?", ""),  # \left(
     (r"\\color\{\w+\}", ""),  # \color{red}42 -> 42
     (r"\\langleEND", "("),  # \langle 1,2 -> (1,2
     (r"\\rangleEND", ")"),  # 1,2\rangle -> 1,2)
@@ -1821,6 +1893,7 @@ _REWRITES = [
     (r"\\[dtc]fracEND", r"\\frac"),  # \dfrac -> \frac
     (r"\\frac ?([0-9a-z])", r"\\frac{\1}"),  # \frac12 -> \frac{1}2
     (r"(\\frac\{[^{}]*\}) ?([0-9a-z])", r"\1{\2}"),  # \frac{1}2 -> \frac{1}{2}
+    (r"\\sqrt ?([0-9a-z])", r"\\sqrt{\1}"),  # \sqrt2 -> \sqrt{2}
     (r"(?:\^|\*\*) ?(-?[0-9]+)", r"^{\1}"),  # x**2, x^2 -> x^{2}
     (r"\\pmod ?([0-9a-z])", r"\\pmod{\1}"),  # \pmod 7 -> \pmod{7}
     (r"(?<![\\a-zA-Z])(?:np\.|math\.)?((?:arc)?(?:sin|cos|tan)|log|ln|exp|pi)(?=[ (^/*+),-]|$)", r"\\\1"),
@@ -1828,11 +1901,12 @@ _REWRITES = [
     (r"\\varnothingEND|\\\{\s*\\\}", r"\\emptyset"),  # \{\} -> \emptyset
     (r"(\.[0-9]*)\(([0-9]+)\)", r"\1\\overline{\2}"),  # 0.1(6) -> 0.1\overline{6}
     (r"\\dot ?\{?([0-9])\}?([0-9]*)\\dot ?\{?([0-9])\}?", r"\\overline{\1\2\3}"),  # 0.\dot{2}\dot{7}
-    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", _repeating_decimal),  # 0.\bar3 -> \frac{3}{9}
+    (r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot) ?\{?([0-9]+)\}?", _repeating_decimal),  # 0.\bar3
     (r"^.*\\(?:sin|cos|tan|cot|sec|csc)END.*$", _degree_factors),  # \sin 10^\circ -> \sin(\frac{10\pi}{180})
     (_DEGREE + r"|(?<=[0-9] )degreesEND", ""),  # 30^\circ -> 30
     (r"\\text\{ ?percent ?\}|(?<=[0-9] )percentEND|\\?%", r"\\%"),  # 5 percent -> 5\%
-    (r"\\frac\{(\\text\{[^{}]*\})\}\{(\\text\{[^{}]*\}(?:\^\{[0-9]\})?)\}", r"\1/\2"),  # units: \frac{km}{h} -> km/h
+    (r"\\frac\{(\\text\{[^{}]*\})\}\{(\\text\{[^{}]*\}(?:\^\{[0-9]\})?)\}", r"\1/\2"),  # \frac{km}{h} -> km/h
+    (r"/ ?\((\\text\{[^()]*)\)", r"/\1"),  # J/(mol K) -> J/mol K
     (r"\bkphEND|\bkmhEND", "km/h"),  # 48 kph -> 48 km/h
     (r"\bmphEND", "mi/h"),  # 50 mph -> 50 mi/h
     (r" ?\bsquaredEND", "^{2}"),  # meters per second squared -> meters per second^{2}
@@ -1840,12 +1914,12 @@ _REWRITES = [
     (r"^ ?[a-z]? ?\\(?:approx|in)END|^ ?[a-z](?=\([^()]*\]$)|^ ?=", ""),  # x \in (0,4] -> (0,4]
     (r"\\approxEND.*|[.,\\ ]+$", ""),  # 2\pi \approx 6.28. -> 2\pi
     (r"\\\\ ?(?=\\end)", ""),  # 2 \\ \end{pmatrix} -> 2 \end{pmatrix}
-    (r"^\(?([0-9][0-9A-Z]*)\)?_\{?(?:\\text\{)?([0-9]+)\}*$", r"\\text{\1 base \2}"),  # 52_8, compared as words
+    (r"^\(?([0-9][0-9A-Z]*)\)?_\{?(?:\\text\{)?([0-9]+)\}*$", r"\\text{\1 base \2}"),  # 52_8, as words
     (r"(?<!ratio )\b([0-9]+ ?\{?:\}? ?[0-9]+)", r"\\text{ratio \1}"),  # 3:2 and 3:30, compared as words
     (r"^[^(\[{]*$", _join_thousands),  # 1,234 -> 1234
     (r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", ""),  # x + 1 -> x+1, but 4 2 is not 42
     (r",", ", "),  # (2,345) -> (2, 345), which Math-Verify would take for one number
-    (r"^\\\{[a-zA-Z](?:\\in\\mathbb ?\{?R\}?)?(?:\\mid|\\vert|\||:) ?(.*)\\\}$", r"\1"),  # \{x:x>2\} -> x>2
+    (r"^\\\{[a-zA-Z](?:\\in\\mathbb ?\{?R\}?)?(?:\\mid|\\vert|\||:) ?(.*)\\\}$", r"\1"),  # \{x:x>2\}
     (r"(?<=[0-9}])(\\text\{[^{}]*\})(?=, .*\1$)", ""),  # 3\text{cm}, 4\text{cm} -> 3, 4\text{cm}
     (r"^[({\[]([^(){}\[\],]*)[)}\]]$", r"\1"),  # (42), {42} -> 42
 ]
@@ -1906,7 +1980,8 @@ _TEXT_UNIT = rf"\\text\{{{_HEDGE}(?:[a-zA-Z .,/()*-]|\^\{{-?[1-3]\}})+\}}{_EXPON
 _BARE_NAMES = [name + "(?:s|es)?" for name in [*_UNIT_NAME, *_MAGNITUDE] if len(name) > 2]
 _BARE_NAME = f"(?:{'|'.join(_BARE_NAMES)}|[ckm]m|in|ft|kg){_EXPONENT}"
 _BARE_UNIT = rf"(?:{_BARE_NAME}|m(?=/s))(?:(?:/| per | ){_BARE_NAME}|/(?:[a-z]|min){_EXPONENT})*"
-_UNIT = re.compile(rf"(?<=[0-9}})i!])(?:\\%| ?(?:{_TEXT_UNIT}(?:/|\*|\\cdot|\\times)?)+(?<![/*])| ?{_BARE_UNIT})+$")
+_TEXT_UNITS = rf"(?:{_TEXT_UNIT}(?:/|\*|\\cdot|\\times)?)+(?<![/*])"
+_UNIT = re.compile(rf"(?<=[0-9}})i!])(?:\\%| ?{_TEXT_UNITS}| ?{_BARE_UNIT})+$")  # behind a quantity
 
 
 def _split_unit(text: str) -> tuple[str, int, dict[str, int]]:
@@ -1916,6 +1991,7 @@ def _split_unit(text: str) -> tuple[str, int, dict[str, int]]:
         return text, 1, {}
     unit = re.sub(r"\\[a-z]+|\b(?:of|the|and)\b", " ", found[0].lower())
     magnitude, sign, power = 1, 1, 1
+    name = ""
     exponents = Counter()
     for word in re.findall(r"/|\\?%|-?[1-3]|[a-z]+", unit):
         if word in _MAGNITUDE:
@@ -2029,15 +2105,13 @@ from sympy import Expr, FiniteSet, Function, I, Intersection, Rational, S, Union
 from sympy.logic.boolalg import Boolean
 logging.disable()
 
-
 def is_exact(a, b):
     """Check once more what Math-Verify calls equal: it chops differences and factors below 1e-50."""
     if not isinstance(a, Expr) or not isinstance(b, Expr):  # the elements of a matrix come one by one
         return True
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     point = {symbol: Rational(7 + n, 5) for n, symbol in enumerate(symbols)}
-    a = a.subs(point).doit()
-    b = b.subs(point).doit()
+    a, b = a.subs(point).doit(), b.subs(point).doit()
     difference = a - b
     if difference.is_Rational:
         return difference == 0
@@ -2046,18 +2120,14 @@ def is_exact(a, b):
     distance = abs(a.evalf(1500) - b.evalf(1500))
     return bool(distance < Rational(10) ** -1400)
 
-
-def exact_decimal(number):
-    """0.25 -> (\\frac{1}{4})"""
+def exact_decimal(number):  # 0.25 -> (\\frac{1}{4})
     return "(\\frac{%d}{%d})" % Fraction(number[0]).as_integer_ratio()
-
 
 def solution_set(relations):
     """x >= 0, x != 1 are both true; x < 1, x > 2 can only mean either."""
     sets = [relation.as_set() for relation in relations]
     both = Intersection(*sets)
     return Union(*sets) if both is S.EmptySet else both
-
 
 @lru_cache(1000)
 def read(text):
@@ -2073,15 +2143,12 @@ def read(text):
             return solution_set(relations)
     return found
 
-
 def same(gold, answer):
-    gold = read(gold)
-    answer = read(answer)
+    gold, answer = read(gold), read(answer)
     if isinstance(gold, FiniteSet) != isinstance(answer, FiniteSet):  # \{2,4\} is not (2,4)
         return False
     return verify(gold, answer, float_rounding=15, numeric_precision=50,
                   allow_set_relation_comp=True, timeout_seconds=None)
-
 
 numeric_eq = grader.sympy_numeric_eq
 symbolic_eq = grader.sympy_symbolic_eq

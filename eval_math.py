@@ -1,14 +1,16 @@
-"""Accuracy of a checkpoint on math benchmarks by the papers' protocol: several samples per problem, averaged.
+"""Measure a model on math benchmarks by the papers' protocol: several samples per problem, averaged.
 
-Prompts, sampling and grading are those of training. An evaluation that was stopped or killed goes on when its
-command is given again, with the same numbers.
+Prompts, sampling and grading are those of training. An evaluation that was stopped or killed resumes when the
+same command is given again, and ends with the same numbers.
 
     python eval_math.py                                             # the built-in demo model, before training
     python eval_math.py --model runs/a/model --benchmarks math500,amc23,my.jsonl --out evals/a
     python eval_math.py --compare evals/a evals/b
 
 Papers: SGPO (arXiv 2606.24064) for the protocol; unbiased pass@k: 2107.03374; majority vote: 2203.11171.
+Read `main` first, then `summarize`.
 """
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,328 +19,454 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Sequence
 
 import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
 
 from common import (
-    BENCHMARKS, SYSTEM_PROMPT, build_prompt, check_context, check_directory, complete, demo_recipe, demo_rows,
-    extract_answer, flag, generator, gold_is_gradable, grade_batch, grader_counts, load_model, load_rows,
-    load_tokenizer, lock, long_work, parse_args, printable, program, read_jsonl, refuse, rewrite_jsonl,
-    say_table, seed_everything, stop_asked, versions, world, write_atomic, write_jsonl)
+    BENCHMARKS, DEMO_FOLDER, SYSTEM_PROMPT, append_jsonl, build_prompt, check_context, extract_answer, flag,
+    generate_in_pieces, gold_is_gradable, grade, grader_counts, load_model, load_problems, load_tokenizer,
+    lock_file, parse_args, printable, program, random_generator, read_jsonl, refuse, seed_everything,
+    stop_ids, versions, world_size, write_atomic)
+
+# Letters: k samples per problem, c of them correct; n samples of a batch, C tokens of the longest completion.
 
 
 # ---------------------------------------------------------------- flags
 
 @dataclass
 class Args:
-    """evaluation"""
-    model: str = flag("demo", "hub id or local directory; demo: the built-in tiny model")
-    benchmarks: str = flag(None, "names, .jsonl or .parquet files, by commas (default: demo, or SGPO's four)")
-    k: int = flag(None, "samples per problem (default: the papers' for known names, 4 for files)", "[1, inf)")
-    out: str = flag(None, "results directory, new or to go on with (default: a new one under runs/)")
-    strategies: str = flag(None, "with these too: JSONL of problem (or id) and strategy; own: the rows' own")
-    compare: list[str] = flag(None, "two results directories, shown side by side")
+    model: str = flag("demo", "hub id or local directory of the model; demo: a tiny built-in model")
+    benchmarks: str = flag(None, f"{', '.join(BENCHMARKS)}, demo, or .jsonl and .parquet files, separated by "
+                                 "commas (default: demo for the demo model, else SGPO's four)")
+    k: int = flag(None, "samples per problem (default: 32 for AMC and AIME as in the papers, else 4)",
+                  "[1, inf)")
+    out: str = flag(None, "results directory, new or to resume (default: a new one under runs/)")
+    strategies: str = flag(None, "also sample with a strategy in the prompt: a JSONL file of problem (or id) "
+                                 "and strategy; own: the strategies of the benchmark's own rows")
+    compare: list[str] = flag(None, "compare two results directories, A and B, and stop")
     temperature: float = flag(0.6, "sampling temperature (the papers'); 0: greedy, with --k 1", "[0, inf)")
-    top_p: float = flag(0.95, "nucleus sampling (SGPO's; TGPO evaluates at 1)", "(0, 1]")
-    max_new_tokens: int = flag(4096, "longest completion; more if many are cut off (papers: 32K)", "[1, inf)")
-    generation_batch_size: int = flag(64, "completions written at once; fewer when memory is short",
-                                      "[1, inf)")
+    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability (SGPO's; TGPO "
+                              "evaluates at 1)", "(0, 1]")
+    max_new_tokens: int = flag(4096, "longest completion, in tokens; raise it if many are truncated (the "
+                                     "papers: 32K)", "[1, inf)")
+    generation_batch_size: int = flag(64, "completions that are sampled and graded together; lower it if "
+                                          "memory runs out", "[1, inf)")
+    system_prompt: str = flag(SYSTEM_PROMPT, "system message of every prompt; empty for none")
     seed: int = flag(0, "seed of sampling and bootstrap", "[0, inf)")
-    system_prompt: str = flag(SYSTEM_PROMPT, "system message; empty for none")
 
-
-def recipe(args: Args) -> dict:
-    """Defaults that depend on other flags: benchmarks, and the demo's settings for its model or problems."""
-    usual = "demo" if args.model == "demo" else "math500,olympiadbench,amc23,aime24"
-    own = {"benchmarks": args.benchmarks or usual}
-    if "demo" in (args.model, own["benchmarks"]):
-        own |= demo_recipe(replace(args, model="demo"))
-    return {**own, "strategies": "own"} if own["benchmarks"] == "demo" else own
+    def __post_init__(self) -> None:
+        if self.benchmarks is None:
+            self.benchmarks = "demo" if self.model == "demo" else "math500,olympiadbench,amc23,aime24"
+        if self.strategies is None and self.benchmarks == "demo":
+            self.strategies = "own"
 
 
 # ---------------------------------------------------------------- benchmarks
 
-Parts = dict[str, list[dict]]  # a benchmark, alone or "NAME guided" -> its rows or its completions
-PAPERS_K = {"amc23": 32, "aime24": 32, "aime25": 32}  # samples per problem; else 4
+# A part is a benchmark ("amc23") or the same benchmark with strategies in the prompts ("amc23 guided").
+Parts = dict[str, list[dict]]
+PAPERS_K = {"amc23": 32, "aime24": 32, "aime25": 32}
 
 
 def load_parts(args: Args, tokenizer) -> Parts:
-    """All that is to be sampled: each row k times, side by side, the longest prompts first."""
-    benchmarks, parts = {}, {}
-    for source in dict.fromkeys(filter(None, args.benchmarks.split(","))):
+    """Return everything to sample: each problem of each part k times, side by side, longest prompts first."""
+    benchmarks = {}
+    for source in dict.fromkeys(args.benchmarks.split(",")):
         name = Path(source).name
         if name in benchmarks:
-            refuse(f"--benchmarks {source}: there is a {name} already; give the file another name")
+            refuse(f"--benchmarks {source}: there already is a {name}; give the file another name")
         benchmarks[name] = load_benchmark(source, name)
-    if not benchmarks:
-        refuse("--benchmarks is empty")
-    assign_strategies(args.strategies, sum(benchmarks.values(), []))
-    for name, rows in benchmarks.items():
-        k, guided = args.k or PAPERS_K.get(name, 4), [row for row in rows if row["strategy"]]
-        print(f"{name}: {len(rows)} problems x {k} samples, {len(guided)} of them also with a strategy")
-        for title, some in ((name, [{**row, "strategy": None} for row in rows]), (f"{name} guided", guided)):
-            for row in some:
-                row["prompt"] = build_prompt(tokenizer, row["problem"], args.system_prompt, row["strategy"])
-            some.sort(key=lambda row: -len(row["prompt"]))
-            if some:
-                parts[title] = [{**row, "sample": j} for row in some for j in range(k)]
-    longest = max(len(row["prompt"]) for rows in parts.values() for row in rows)
+    if args.strategies:
+        attach_strategies(args.strategies, sum(benchmarks.values(), []))
+    parts = {}
+    for name, problems in benchmarks.items():
+        k = args.k or PAPERS_K.get(name, 4)
+        alone = [{**problem, "strategy": None} for problem in problems]
+        guided = [problem for problem in problems if args.strategies and problem.get("strategy")]
+        print(printable(f"{name}: {len(problems)} problems x {k} samples, {len(guided)} also guided"))
+        parts[name] = to_samples(alone, k, tokenizer, args)
+        if guided:
+            parts[f"{name} guided"] = to_samples(guided, k, tokenizer, args)
+    longest = max(len(sample["prompt"]) for samples in parts.values() for sample in samples)
     check_context(args.model, "--model", longest, args.max_new_tokens)
     return parts
 
 
 def load_benchmark(source: str, name: str) -> list[dict]:
-    """All its rows: those whose answer the grader cannot read are in the papers' denominators, too."""
+    """Return the problems of a benchmark, each with an id of its own.
+
+    Problems whose gold answer the grader cannot read stay: they are in the papers' denominators, too.
+    """
     is_file = source.endswith((".jsonl", ".json", ".parquet")) or os.path.isfile(source)
-    if not is_file and source not in (*BENCHMARKS, "demo"):
-        refuse(f"--benchmarks {source}: neither a file nor one of {', '.join(BENCHMARKS)}, demo")
-    rows = demo_rows()[1] if source == "demo" else load_rows(source)
-    if len({row["id"] for row in rows}) < len(rows):
-        print(f"{name}: ids repeat, so its rows are numbered instead")
-        rows = [{**row, "id": str(i)} for i, row in enumerate(rows)]
-    unreadable = [row["id"] for row in rows if not gold_is_gradable(row["answer"])]
+    if source == "demo":
+        source = str(DEMO_FOLDER / "held_out.jsonl")
+    elif not is_file and source not in BENCHMARKS:
+        refuse(f"--benchmarks {source!r}: neither a file nor one of {', '.join(BENCHMARKS)}, demo")
+    problems = load_problems(source)
+    if len({problem["id"] for problem in problems}) < len(problems):
+        print(printable(f"{name}: ids repeat, so its problems are numbered instead"))
+        problems = [{**problem, "id": str(i)} for i, problem in enumerate(problems)]
+    unreadable = [problem["id"] for problem in problems if not gold_is_gradable(problem["answer"])]
     if unreadable:
-        print(f"{name}: the grader cannot read {len(unreadable)} of {len(rows)} golds; no answer to them is "
-              f"right, first: id {printable(unreadable[0])}")
-    return rows
+        print(printable(f"{name}: the grader cannot read {len(unreadable)} of {len(problems)} gold answers; "
+                        f"no answer to these problems is correct; first: id {unreadable[0]}"))
+    return problems
 
 
-def assign_strategies(source: str | None, rows: list[dict]) -> None:
-    """row["strategy"] becomes what guides the row, or None. A file names problems by text, else by id."""
-    named, is_file = defaultdict(list), source not in (None, "own")
-    for row in rows:
-        row["strategy"] = row.get("strategy") if source == "own" else None
-        named["problem", row["problem"].strip()].append(row)
-        named["id", row["id"]].append(row)
-    if is_file and not os.path.isfile(source):
-        refuse(f"--strategies {source}: no such file")
-    for place, line in read_jsonl(source, cut_by_kill=True) if is_file else ():
-        line = line if isinstance(line, dict) else {}
-        problem, strategy = line.get("problem", line.get("question")), line.get("strategy")
-        if strategy is None and "candidates" in line:  # sgpo.py's extraction found none
-            continue
-        key = ("id", str(line.get("id"))) if problem is None else ("problem", str(problem).strip())
-        if not isinstance(strategy, str) or not strategy.strip() or key == ("id", "None"):
-            refuse(f'{place}: a row must have a "strategy", and a "problem" or "id"')
-        if problem is None and len(named[key]) > 1:
-            refuse(f"{place}: several benchmarks have the {' '.join(key)}; give the problem's text instead")
-        for row in named[key]:
-            row["strategy"] = strategy
-    if source and not any(row["strategy"] for row in rows):
+def to_samples(problems: list[dict], k: int, tokenizer, args: Args) -> list[dict]:
+    """Return each problem k times, with its prompt."""
+    for problem in problems:
+        text, strategy = problem["problem"], problem["strategy"]
+        problem["prompt"] = build_prompt(tokenizer, text, args.system_prompt, strategy)
+    longest_first = sorted(problems, key=lambda problem: -len(problem["prompt"]))
+    return [{**problem, "sample": j} for problem in longest_first for j in range(k)]
+
+
+def attach_strategies(source: str, problems: list[dict]) -> None:
+    """Set problem["strategy"] from a file; own: keep the strategies that the problems have.
+
+    The file may be the strategies.jsonl of sgpo.py, also of a run that is still writing it.
+    """
+    if source != "own":
+        if not os.path.isfile(source):
+            refuse(f"--strategies {source}: no such file")
+        strategies = {}
+        for place, row in read_jsonl(source, skip_unfinished=True):
+            row = row if isinstance(row, dict) else {}
+            text, strategy = row.get("problem"), row.get("strategy")
+            if not isinstance(text, str) or not isinstance(strategy, str | None):
+                refuse(f'{place}: must be a JSON object with "problem" and "strategy"')
+            strategies[text.strip()] = strategy
+        for problem in problems:
+            problem["strategy"] = strategies.get(problem["problem"].strip())
+    if not any(problem.get("strategy") for problem in problems):
         refuse(f"--strategies {source}: no problem of the benchmarks has one there")
 
 
 # ---------------------------------------------------------------- sampling
 
-def sample_batch(model, tokenizer, title: str, start: int, rows: list[dict], args: Args) -> list[dict]:
-    """A graded completion for each of these rows, of which the first is number `start` of its part.
+def sample_batch(model, tokenizer, title: str, start: int, samples: list[dict], args: Args) -> list[dict]:
+    """Sample and grade one completion for each of these samples, of which the first is number `start`.
 
-    The seed is the batch's own, whatever other benchmarks there are and wherever an evaluation was resumed.
+    The batch has a seed of its own, so its completions depend neither on the other benchmarks nor on where
+    an evaluation was resumed.
     """
     seed_everything(args.seed, title, start)
-    prompts = [row["prompt"] for row in rows]
-    _, mask, truncated, texts = complete(model, tokenizer, prompts, args.max_new_tokens, args.temperature,
-                                         args.top_p, args.generation_batch_size)
-    grades = grade_batch(texts, [row["answer"] for row in rows])
-    found = zip(rows, texts, grades, mask.sum(1).tolist(), truncated.tolist(), strict=True)
-    return [{"benchmark": title, "id": row["id"], "sample": row["sample"], "correct": grade >= 0.5,
-             "answer": extract_answer(text), "tokens": n, "truncated": cut,
-             "batch": [start, start + len(rows)], "completion": text} for row, text, grade, n, cut in found]
+    end_ids = stop_ids(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_p=args.top_p,
+        top_k=0,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+    )
+    prompts = [sample["prompt"] for sample in samples]
+    completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [n, C]
+    is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [n, C]
+    ends_before = is_end.cumsum(1) - is_end.long()
+    mask = ends_before == 0
+    written = mask & ~is_end
+    rows = []
+    for i, sample in enumerate(samples):
+        text = tokenizer.decode(completions[i, written[i]])
+        rows.append({
+            "benchmark": title,
+            "id": sample["id"],
+            "sample": sample["sample"],
+            "correct": grade(text, sample["answer"]) >= 0.5,
+            "answer": extract_answer(text),
+            "tokens": mask[i].sum().item(),
+            "truncated": not is_end[i].any(),
+            "batch": [start, start + len(samples)],
+            "completion": text,
+        })
+    return rows
 
 
 def sample_rest(model, tokenizer, parts: Parts, path: Path, args: Args) -> Parts:
-    """Sample what is not in the file yet, batch by batch -> the completions of each part."""
+    """Sample what is not in the file yet, batch by batch, and return the completions of each part."""
     done = finished_batches(path)
-    total, n_done = sum(map(len, parts.values())), sum(map(len, done.values()))
-    print(f"{total} completions -> {path}" + f"; {n_done} of them are there already" * bool(n_done))
-    with long_work(total, "evaluation", "completion", n_done) as bar:
-        for title, rows in parts.items():
-            while len(done[title]) < len(rows) and not stop_asked():
-                start = len(done[title])
-                some = rows[start:start + args.generation_batch_size]
-                batch = sample_batch(model, tokenizer, title, start, some, args)
-                if stop_asked():  # it is not whole
-                    break
-                write_jsonl(path, batch)
-                done[title] += batch
-                bar.set_description(f"{title}, accuracy {mean(done[title], 'correct'):.3f}")
-                bar.update(len(batch))
-    n_done = sum(map(len, done.values()))
-    if n_done < total:
-        print(f"stopped after {n_done} of {total} completions; the same command with --out {args.out} "
-              "goes on")
-        raise SystemExit(130)
+    total = sum(len(samples) for samples in parts.values())
+    num_done = sum(len(rows) for rows in done.values())
+    print(f"{total} completions, {num_done} of them are in {path}; if the evaluation stops, the same command "
+          f"with --out {args.out} resumes it")
+    with tqdm(total=total, initial=num_done, unit="completion", disable=None) as bar:
+        for title, samples in parts.items():
+            for start in range(len(done[title]), len(samples), args.generation_batch_size):
+                batch = samples[start:start + args.generation_batch_size]
+                rows = sample_batch(model, tokenizer, title, start, batch, args)
+                append_jsonl(path, rows)
+                done[title] += rows
+                accuracy = mean(done[title], "correct")
+                progress = f"{title}: {len(done[title])} of {len(samples)}, accuracy {accuracy:.3f}"
+                bar.update(len(rows))
+                bar.set_description(printable(progress))
+                if bar.disable:  # no terminal
+                    print(printable(progress))
     return done
 
 
 def finished_batches(path: Path) -> Parts:
-    """The completions of each part in the file. A batch that a kill has cut is taken out of it."""
-    batches, done = defaultdict(list), defaultdict(list)
-    for _, row in read_jsonl(path, cut_by_kill=True) if path.exists() else ():
-        batches[(row["benchmark"], *row["batch"])].append(row)
+    """Return the completions of each part in the file, and remove a batch that a kill cut off from it."""
+    batches = defaultdict(list)
+    if path.exists():
+        for _, row in read_jsonl(path, skip_unfinished=True):
+            batches[row["benchmark"], *row["batch"]].append(row)
+    done = defaultdict(list)
     for (title, start, end), rows in batches.items():
-        done[title] += rows if len(rows) == end - start else []
-    rewrite_jsonl(path, sum(done.values(), []))
+        if len(rows) == end - start:
+            done[title] += rows
+    kept = [json.dumps(row) + "\n" for rows in done.values() for row in rows]
+    write_atomic(path, "".join(kept))
     return done
 
 
 # ---------------------------------------------------------------- statistics
 
-def mean(rows: Iterable[dict], name: str) -> float:
+def mean(rows: Sequence[dict], name: str) -> float:
     return float(np.mean([row[name] for row in rows]))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, from c right ones of n: 1 - C(n - c, k) / C(n, k)."""
+    """Return the unbiased chance that one of k samples is correct, from c correct ones among n.
+
+    1 - C(n - c, k) / C(n, k)
+    """
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def vote(answer: str | None) -> str | None:
-    """What equal votes share: the text without spaces and the commonest other spellings; 0.5 is not 1/2."""
+    """Return an answer without spaces and common differences of spelling; 0.5 and 1/2 stay two votes."""
     if answer is None:
         return None
-    return re.sub(r"\\left|\\right|\\[!,]|[$\s]", "", re.sub(r"\\[dt]frac", r"\\frac", answer)).rstrip(".")
+    text = re.sub(r"\\[dt]frac", r"\\frac", answer)
+    return re.sub(r"\\left|\\right|\\[!,]|[$\s]", "", text).rstrip(".")
 
 
 def majority(votes: Sequence[str | None]) -> int | None:
-    """Index of the first sample with the commonest vote; of several, the first seen. None does not vote."""
+    """Return the index of the first sample with the commonest vote. A tie goes to the vote seen first.
+
+    None does not vote; without any vote there is no majority.
+    """
     counts = Counter(v for v in votes if v is not None)
-    return votes.index(max(counts, key=counts.get)) if counts else None
+    if not counts:
+        return None
+    return votes.index(max(counts, key=counts.get))
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of one value per problem, over problems drawn with replacement."""
-    draws = generator(seed, "bootstrap").integers(len(values), size=(10_000, len(values)))
-    low, high = np.percentile(np.asarray(values, dtype=float)[draws].mean(1), [2.5, 97.5])
+    """Return the 95% interval of the mean of one value per problem.
+
+    Problems are drawn with replacement, 10,000 times; the interval holds the middle 95% of the means.
+    """
+    draws = random_generator(seed, "bootstrap").integers(len(values), size=(10_000, len(values)))
+    means = np.asarray(values, dtype=float)[draws].mean(1)  # [10000]
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------- report
+# ---------------------------------------------------------------- results
 
-def summarize(done: list[dict], alone: dict | None, seed: int) -> dict:
-    """The numbers of one part, in all and per problem. `alone`: those without the strategy, if it has one."""
-    samples, problems = defaultdict(list), {}
-    for row in done:
-        samples[row["id"]].append(row)
-    k, right = len(done) // len(samples), [sum(row["correct"] for row in rows) for rows in samples.values()]
-    for (name, rows), c in zip(samples.items(), right):
-        winner = majority([vote(row["answer"]) for row in rows])
-        problems[name] = {"avg@k": c / k, "pass@k": float(c > 0), "mean_length": mean(rows, "tokens"),
-                          "maj@k": float(winner is not None and rows[winner]["correct"])}
-        if alone:
-            problems[name]["strategy adds"] = c / k - alone["per_problem"][name]["avg@k"]
-    numbers = {"problems": len(problems), "k": k, "truncated": mean(done, "truncated"),
-               "no_box": float(np.mean([row["answer"] is None for row in done]))}
-    for measure in next(iter(problems.values())):
-        numbers[measure] = mean(problems.values(), measure)
-        numbers[f"{measure}_interval"] = bootstrap_interval([p[measure] for p in problems.values()], seed)
-    powers = [2 ** i for i in range(k.bit_length())]
-    numbers["pass@k"] = {str(n): float(np.mean([pass_at_k(k, c, n) for c in right])) for n in powers}
-    return {**numbers, "per_problem": problems}
+def summarize(rows: list[dict], unguided: dict | None, seed: int) -> dict:
+    """Return the numbers of one part, for all its problems and for each.
+
+    `unguided`: the numbers of the same benchmark without strategies, if this part has strategies.
+    """
+    samples_of = defaultdict(list)
+    for row in rows:
+        samples_of[row["id"]].append(row)
+    k = len(rows) // len(samples_of)
+    per_problem = {}
+    for name, samples in samples_of.items():
+        winner = majority([vote(sample["answer"]) for sample in samples])
+        numbers = per_problem[name] = {
+            "avg@k": mean(samples, "correct"),
+            "pass@k": float(any(sample["correct"] for sample in samples)),
+            "mean_length": mean(samples, "tokens"),
+            "maj@k": float(winner is not None and samples[winner]["correct"]),
+        }
+        if unguided:
+            numbers["strategy adds"] = numbers["avg@k"] - unguided["per_problem"][name]["avg@k"]
+    results = {"problems": len(per_problem), "k": k, "truncated": mean(rows, "truncated"),
+               "no_box": float(np.mean([row["answer"] is None for row in rows]))}
+    for measure in numbers:
+        values = [of_problem[measure] for of_problem in per_problem.values()]
+        results[measure] = float(np.mean(values))
+        results[f"{measure}_interval"] = bootstrap_interval(values, seed)
+    num_correct = [sum(sample["correct"] for sample in samples) for samples in samples_of.values()]
+    sizes = {k, *(2 ** i for i in range(k.bit_length()))}
+    results["pass@k"] = {str(size): float(np.mean([pass_at_k(k, c, size) for c in num_correct]))
+                         for size in sorted(sizes)}
+    return {**results, "per_problem": per_problem}
 
 
-def show(results: dict) -> None:
+def print_results(results: dict[str, dict]) -> None:
     table = [["", "problems", "avg@k", "95% interval", "maj@k", "pass@k", "tokens", "truncated", "no box"]]
     for title, r in results.items():
         low, high = r["avg@k_interval"]
-        passed = "  ".join(f"{v:.3f} @{k}" for k, v in r["pass@k"].items() if k != "1")
+        passed = [f"{value:.3f} @{size}" for size, value in r["pass@k"].items() if size != "1"]
         table.append([title, str(r["problems"]), f"{r['avg@k']:.3f} @{r['k']}", f"[{low:.3f}, {high:.3f}]",
-                      f"{r['maj@k']:.3f}", passed, f"{r['mean_length']:.0f}", f"{r['truncated']:.3f}",
-                      f"{r['no_box']:.3f}"])
-    say_table(table)
+                      f"{r['maj@k']:.3f}", "  ".join(passed), f"{r['mean_length']:.0f}",
+                      f"{r['truncated']:.3f}", f"{r['no_box']:.3f}"])
+    print_table(table)
     for title, r in results.items():
         if "strategy adds" in r:
             low, high = r["strategy adds_interval"]
-            print(f"{title}: the strategy adds {r['strategy adds']:+.3f} [{low:+.3f}, {high:+.3f}]")
+            added = r["strategy adds"]
+            print(printable(f"{title}: the strategy adds {added:+.3f} [{low:+.3f}, {high:+.3f}]"))
 
+
+def print_table(table: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print(printable("  ".join(cells).rstrip()))
+
+
+# ---------------------------------------------------------------- comparison
 
 def compare(folders: list[str]) -> None:
-    """Two results side by side: B - A over the same problems with its 95% interval."""
+    """Print two results side by side, and B - A over the same problems with its 95% interval."""
     if len(folders) != 2:
         refuse(f"--compare takes two results directories, not {len(folders)}")
-    try:
-        both = [json.loads((Path(folder) / "results.json").read_text()) for folder in folders]
-        (a, flags_a, of_a), (b, flags_b, of_b) = [(x["results"], x["flags"], x["inputs"]) for x in both]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"--compare: both must hold the results.json of a finished evaluation ({error!r})")
-    if not {*a} & {*b}:
-        refuse(f"--compare: no benchmark is in both, {', '.join(a)} in A, {', '.join(b)} in B")
+    a, b = (read_results(folder) for folder in folders)
+    titles = [title for title in a["results"] if title in b["results"]]
+    if not titles:
+        refuse(f"--compare: no benchmark is in both; A has {', '.join(a['results'])}, "
+               f"B has {', '.join(b['results'])}")
     table = [["", "", "A", "B", "B - A", "95% interval"]]
-    for title in [title for title in a if title in b]:
-        if of_a[title] != of_b[title]:
+    for title in titles:
+        if a["inputs"][title] != b["inputs"][title]:
             refuse(f"--compare: A and B have other problems, answers, strategies or --k in {title}")
-        problems = a[title]["per_problem"]
-        for measure in next(iter(problems.values())):
-            x, y = (np.array([r[title]["per_problem"][name][measure] for name in problems]) for r in (a, b))
-            low, high = bootstrap_interval(y - x)  # how hard the problems are cancels out
-            table.append([title, measure.replace("@k", f"@{a[title]['k']}"), f"{x.mean():.3f}",
-                          f"{y.mean():.3f}", f"{np.mean(y - x):+.3f}", f"[{low:+.3f}, {high:+.3f}]"])
-    print(f"A: {folders[0]}\nB: {folders[1]}")
-    for name in sorted({*flags_a} - {"out"}):
-        if flags_a[name] != flags_b.get(name):
-            print(f"{name}: {flags_a[name]!r} in A, {flags_b.get(name)!r} in B")
-    say_table(table)
+        table += compare_part(title, a["results"][title], b["results"][title])
+    print(printable(f"A: {folders[0]}\nB: {folders[1]}"))
+    for name, value in a["flags"].items():
+        other = b["flags"].get(name)
+        if name != "out" and value != other:
+            print(printable(f"{name}: {value!r} in A, {other!r} in B"))
+    print_table(table)
+
+
+def read_results(folder: str) -> dict:
+    """Return the results.json of a finished evaluation."""
+    try:
+        found = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("results", "flags", "inputs")}
+    except (OSError, ValueError, KeyError, TypeError):
+        refuse(f"{folder}: there is no results.json of a finished evaluation")
+
+
+def compare_part(title: str, a: dict, b: dict) -> list[list[str]]:
+    """Return the table's rows of one part. Differences per problem cancel how hard the problems are."""
+    names = list(a["per_problem"])
+    table = []
+    for measure in a["per_problem"][names[0]]:
+        x = np.array([a["per_problem"][name][measure] for name in names])
+        y = np.array([b["per_problem"][name][measure] for name in names])
+        low, high = bootstrap_interval(y - x)
+        table.append([title, measure.replace("@k", f"@{a['k']}"), f"{x.mean():.3f}", f"{y.mean():.3f}",
+                      f"{np.mean(y - x):+.3f}", f"[{low:+.3f}, {high:+.3f}]"])
+    return table
+
+
+# ---------------------------------------------------------------- results directory
+
+# Another batch size draws other random numbers, which are as good: memory may have run out.
+MAY_DIFFER = {"out", "generation_batch_size"}
+
+
+def fingerprints(args: Args, parts: Parts) -> dict[str, str]:
+    """Return hashes of what may change under the same name: a local model's files, and every part."""
+    statuses = [(path.name, path.stat()) for path in sorted(Path(args.model).glob("*"))]
+    contents = {"weights": [[name, status.st_size, status.st_mtime_ns] for name, status in statuses]}
+    for title, samples in parts.items():
+        contents[title] = sorted([s["id"], s["problem"], s["answer"], s["strategy"]] for s in samples)
+    return {name: hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+            for name, content in contents.items()}
+
+
+def check_directory(out: Path, config: dict) -> None:
+    """Refuse a directory that is not empty and holds something else than this evaluation or a part of it."""
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            return
+        old = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        before = {**old["flags"], **old["inputs"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        refuse(f"--out {out} is not empty and holds no evaluation; choose another directory")
+    now = {**config["flags"], **config["inputs"]}
+    differing = [f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+                 for name in sorted({*before, *now} - MAY_DIFFER) if before.get(name) != now.get(name)]
+    if differing:
+        refuse(f"--out {out} holds another evaluation: {'; '.join(differing)}; choose another directory")
+
+
+def open_directory(out: Path, config: dict):
+    """Make the directory, lock it against other evaluations and write config.json; return the lock."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--out {out}: cannot be made ({error.strerror})")
+    lock = lock_file(out / "lock", f"--out {out}: another evaluation is writing there")
+    write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
+    return lock
 
 
 # ---------------------------------------------------------------- main
 
-def fingerprints(args: Args, parts: Parts) -> dict[str, str]:
-    """A local model by its files and problems by their content: both change under the same name."""
-    files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(args.model).glob("*"))]
-    found = {"model": files}
-    for title, rows in parts.items():
-        found[title] = sorted([row["id"], row["problem"], row["answer"], row["strategy"]] for row in rows)
-    return {name: hashlib.sha256(json.dumps(x).encode()).hexdigest()[:16] for name, x in found.items()}
-
-
 def evaluate(args: Args) -> None:
-    if world() > 1:
-        refuse("eval_math.py is one process: start it without torchrun, a benchmark on each GPU")
-    if args.temperature == 0 and args.k != 1:
-        refuse("--temperature 0 is greedy, all samples of a problem are the same: add --k 1")
+    """Sample, grade and count; write results.json and print its table."""
     tokenizer = load_tokenizer(args.model)
     parts = load_parts(args, tokenizer)
     if args.out is None:
         now = time.strftime("%Y%m%d-%H%M%S")
         args.out = f"runs/eval_math-{Path(args.model).name}-{now}-{os.getpid()}"
-    out, path = Path(args.out), Path(args.out) / "generations.jsonl"
-    config = {"script": "eval_math", "flags": asdict(args), "inputs": fingerprints(args, parts),
+    out = Path(args.out)
+    config = {"script": "eval_math", "flags": dataclasses.asdict(args), "inputs": fingerprints(args, parts),
               "command": sys.argv, **versions()}
-    # another batch_size draws other random numbers, as good as those: memory may have run out
-    check_directory(out, config, {"out", "compare", "generation_batch_size"}, resume=None)
-    if path.exists() and json.loads((out / "config.json").read_text()).get("inputs") != config["inputs"]:
-        refuse(f"--out {out} has results of other problems, strategies or weights; choose another directory")
+    check_directory(out, config)
     if (out / "results.json").exists():
         print(f"{out} is complete")
-        return show(json.loads((out / "results.json").read_text())["results"])
+        print_results(read_results(args.out)["results"])
+        return
     model = load_model(args.model)
 
     # ---- from here on something is written
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out / "lock", f"--out {out}: another evaluation is writing there"):
-        write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
-        done, results = sample_rest(model, tokenizer, parts, path, args), {}
-    outcomes = grader_counts()
-    if lost := outcomes["timeouts"] + outcomes["crashes"]:
-        print(f"warning: the grader gave up on {lost} answers, which count as wrong")
-    for title in parts:
-        alone = results.get(title.removesuffix(" guided")) if title.endswith(" guided") else None
-        results[title] = summarize(done[title], alone, args.seed)
-    write_atomic(out / "results.json", json.dumps({**config, "results": results}, indent=2) + "\n")
-    show(results)
+    counts_before = grader_counts.copy()
+    with open_directory(out, config):
+        completions = sample_rest(model, tokenizer, parts, out / "generations.jsonl", args)
+        results = {}
+        for title in parts:
+            unguided = results.get(title.removesuffix(" guided"))
+            results[title] = summarize(completions[title], unguided, args.seed)
+        write_atomic(out / "results.json", json.dumps({**config, "results": results}, indent=2) + "\n")
+    counts = grader_counts - counts_before
+    given_up = counts["timeouts"] + counts["crashes"]
+    if given_up:
+        print(f"warning: the grader gave up on {given_up} answers, which count as wrong")
+    print_results(results)
     print(f"results and generations: {out}")
 
 
 @program
 def main() -> None:
-    args = parse_args(Args, recipe)
+    args = parse_args(Args)
+    if world_size() > 1:
+        refuse("eval_math.py is one process: start it without torchrun, for example a benchmark on each GPU")
     if args.compare:
         compare(args.compare)
-    else:
-        evaluate(args)
+        return
+    if args.temperature == 0 and args.k != 1:
+        refuse("--temperature 0 is greedy, so all samples of a problem are equal: add --k 1")
+    evaluate(args)
 
 
 if __name__ == "__main__":

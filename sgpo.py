@@ -32,9 +32,9 @@ from transformers import GenerationConfig
 from common import (
     Fp32Head, Run, RunFlags, append_jsonl, build_prompt, clip_gradient, completion_hidden, context_length,
     flag, from_all_processes, from_first_process, gather, generate_in_pieces, learning_rate, load_data,
-    load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share, normalise_answer,
+    load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share,
     parse_args, problems_of_step, program, rank, read_jsonl, refuse, seed_everything, sft_warmup, stop_ids,
-    sum_over_processes, world_size)
+    sum_over_processes, world_size, write_atomic)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process,
 # autonomous ones first (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
@@ -697,6 +697,8 @@ def check_strategist(args: Args) -> None:
             import openai  # noqa: F401
         except ImportError:
             refuse("--strategist: an endpoint needs the openai package: pip install openai")
+    if args.strategies and Path(args.strategies).is_dir():
+        refuse(f"--strategies {args.strategies}: is a folder; name a file in it")
     if args.strategies and not Path(args.strategies).absolute().parent.is_dir():
         refuse(f"--strategies {args.strategies}: there is no such folder")
 
@@ -757,6 +759,9 @@ def guided_prompt_fits(problem: dict, strategy: str, tokenizer, args: Args) -> b
 def extract_strategies(problems: list[dict], model, tokenizer, path: Path, args: Args) -> None:
     """Extract a strategy for each of these problems and append them to the file, batch by batch."""
     ask = endpoint(args) if is_endpoint(args) else local_strategist(model, tokenizer, args)
+    if rank() == 0 and path.exists():  # a kill may have cut off its last line: do not append to half a line
+        rows = [row for place, row in read_jsonl(path, skip_unfinished=True)]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
     results = []
     size = PROBLEMS_AT_ONCE * world_size()
     for first in range(0, len(problems), size):
@@ -815,8 +820,51 @@ def judge(answer: str | None, problem: dict, tokenizer, args: Args) -> dict:
     return candidate
 
 
+# Words behind which a strategy states a value: "the answer is exactly 4", "this leaves 4", "x = 4".
+ANNOUNCEMENT = re.compile(
+    r"\b(?:answers?|results?|is|are|equals?|becomes?|leav(?:es?|ing)|gets?|gives?|yields?|obtains?|finds?|"
+    r"remains?|boxed)(?: (?:exactly|only|just|be|to be|the|value))*[ :(]*$|= *$", re.IGNORECASE)
+# What a lone digit may number or count without giving anything away: "Step 4:", "4. Check", "2 parts", "mod 7".
+NUMBERED = re.compile(
+    r"(?:^|\n|\b(?:steps?|parts?|cases?|mod(?:ulo)?|base|by|into|in|of|power|and|degree)) *$", re.IGNORECASE)
+COUNTED = re.compile(r" *(?:steps?|parts?|cases?|times|sides|equations?|variables?)\b", re.IGNORECASE)
+
+
+def plain_text(text: str) -> str:
+    r"""Return a text without LaTeX's markup, so that `$\frac{3}{4}$` and 3/4, 42{,}000 and 42000 are equal."""
+    text = re.sub(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"(?<=[0-9])(?:,|\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"\\boxed", " boxed ", text)
+    text = re.sub(r"\\(?:text|mathrm|left|right|displaystyle|[()\[\],;!])|[${}*]", "", text)
+    return text.replace("=", " = ")
+
+
 def gives_away(strategy: str, answer: str, problem: str = "") -> bool:
-    return normalise_answer(answer) in strategy.split()
+    """Return True if the strategy contains the answer as a whole number, word or formula.
+
+    A single digit or letter, or an answer that the problem contains as well, must be announced ("the answer
+    is", "this leaves"). In the last line a digit counts anyway, unless it numbers or counts something.
+    """
+    core = plain_text(answer).strip()
+    text = plain_text(strategy)
+    whole = re.compile(rf"(?<![\w.^/+-]){re.escape(core)}(?![\w^/]|\.[0-9])", re.IGNORECASE)
+    is_short = len(core) == 1 or core in ("-1", "yes", "no")
+    is_common = core in ("0", "1", "-1")  # stands in equations of every kind
+    in_problem = whole.search(plain_text(problem)) is not None
+    last_line = text.rstrip().rfind("\n")
+    for found in whole.finditer(text):
+        before = text[:found.start()]
+        after = text[found.end():]
+        if is_short and (NUMBERED.search(before) or COUNTED.match(after)):
+            continue
+        if is_common and before.endswith("= "):
+            continue
+        if ANNOUNCEMENT.search(before):
+            return True
+        stands_at_the_end = found.start() > last_line and not is_common and core.isdigit()
+        if not in_problem and (not is_short or stands_at_the_end):
+            return True
+    return False
 
 
 def scoring_prompt(problem: dict, candidates: list[dict]) -> str:
@@ -836,12 +884,18 @@ def parse_strategy(answer: str) -> str | None:
     """Return the strategy in an answer, or None if one of its three parts is missing or empty."""
     text = without_thinking(answer).replace("**", "").replace("__", "")
     text = re.sub(r"^[#*> ]+", "", text, flags=re.MULTILINE)
-    label = r"^(?:problem )?type\W*:(.+)^strategy\W*:(.+)^steps\W*:(.+)"
-    found = re.search(label, text, re.IGNORECASE | re.DOTALL | re.MULTILINE)
-    if found is None or not all(re.search(r"\w", part) for part in found.groups()):
+    label = r"^(?:[0-9][.)] )?(?:problem )?(type|strategy|steps)(?: \(.*\))? *(?::|$)"
+    labels = list(re.finditer(label, text, re.IGNORECASE | re.MULTILINE))
+    names = [found[1].lower() for found in labels]
+    first = next((k for k in range(len(names)) if names[k:k + 3] == ["type", "strategy", "steps"]), None)
+    if first is None:
         return None
+    kind, strategy, steps = labels[first:first + 3]
+    parts = [text[kind.end():strategy.start()], text[strategy.end():steps.start()], text[steps.end():]]
     copied_form = "the kind of problem, as precisely as the subject's own terms allow"
-    return None if copied_form in text else found[0].strip()
+    if copied_form in text or not all(re.search(r"\w", part) for part in parts):
+        return None
+    return text[kind.start():].strip()
 
 
 def parse_scores(answer: str, n: int) -> list[float | None]:
@@ -885,7 +939,8 @@ def endpoint(args: Args) -> Ask:
         if prompts and all(answer is None for answer in answers):
             reason = errors[-1].replace(key, "***")  # servers repeat the key they refuse
             refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests; the last one: "
-                   f"{reason}; strategies found so far are kept, --resume asks for the rest")
+                   f"{reason}; strategies found so far are kept: --resume asks for the rest, "
+                   "--strategist none trains without them")
         return answers
 
     return ask

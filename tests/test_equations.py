@@ -1,190 +1,310 @@
-"""Every equation and its gradient against a float64 reference written from the papers."""
-import copy
+"""Every equation of the scripts by hand, with its gradient; what its estimators teach on average.
+
+test_update.py and test_tgpo.py compare whole updates with tests/reference.py.
+"""
+import inspect
 import math
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 import grpo_baseline
 import sgpo
 import tgpo
+from grpo_baseline import group_advantages, logp_and_entropy, policy_loss, token_weights
 
-in_every_script = pytest.mark.parametrize("script", [grpo_baseline, sgpo, tgpo])  # a copy in each
-
-
-def float64(x) -> torch.Tensor:
-    return torch.tensor(x, dtype=torch.float64)
+LOSS_TYPES = pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 
 
-def numeric_grad(f, x: np.ndarray, h: float = 1e-6) -> np.ndarray:
-    steps = h * np.eye(x.size).reshape(-1, *x.shape)
-    return np.array([(f(x + step) - f(x - step)) / (2 * h) for step in steps]).reshape(x.shape)
+def float64(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+def gradient_of(loss, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(loss(x).sum(), x)[0]
 
 
-# ---- GRPO: advantages
-
-def reference_advantages(groups, scale) -> list[list[float]]:
-    out = []
-    for group in groups:
-        over = {"group": group, "batch": sum(groups, [])}.get(scale)
-        std = 1.0 if over is None else np.std(over, ddof=1) + 1e-6
-        out.append([0.0 if len(set(group)) == 1 else (r - np.mean(group)) / std for r in group])
-    return out
+def is_close(ours: Tensor, exact: Tensor) -> bool:
+    return torch.allclose(ours, exact, atol=1e-6, rtol=0)
 
 
-@in_every_script
+@pytest.fixture(autouse=True)
+def nothing_is_changed_in_place():
+    """Check that no function has changed the tensors of this file, which are its inputs."""
+    before = {}
+    for name, value in globals().items():
+        if torch.is_tensor(value):
+            before[name] = value.clone()
+    yield
+    for name, value in before.items():
+        assert torch.equal(globals()[name], value), name
+
+
+@pytest.mark.parametrize("script", [sgpo, tgpo])
+@pytest.mark.parametrize("function", [group_advantages, policy_loss, token_weights, logp_and_entropy])
+def test_the_scripts_share_these_word_for_word(script, function):
+    copied = getattr(script, function.__name__)
+    assert inspect.getsource(copied) == inspect.getsource(function)
+
+
+# ---------------------------------------------------------------- GRPO
+
+REWARDS = float64([[1, 0, 0, 0], [1, 1, 0, 0]])
+SEVEN_TENTHS = torch.tensor([[0.1] * 7])
+
+
+@pytest.mark.parametrize("scale, std", [
+    ("group", 1 / 2),
+    ("batch", (15 / 8 / 7) ** 0.5),  # of all eight rewards
+    ("none", 1),
+])
+def test_advantages(scale, std):
+    A = group_advantages(REWARDS, scale)[0]
+    assert is_close(A, float64([0.75, -0.25, -0.25, -0.25]) / (std + 1e-6 * (std != 1)))
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(script, scale):
-    groups = [[1, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1], [0.25, 0.5, 0.75, 0.1]]
-    ours = script.group_advantages(float64(groups), scale)
-    np.testing.assert_allclose(ours, reference_advantages(groups, scale), atol=1e-12)
-    rewards = torch.tensor([[0.1] * 7, [0.1, 0.9] + [0.1] * 5])  # in fp32 the mean of seven 0.1 is not 0.1
-    assert (rewards[0] - rewards[0].mean()).abs().max() > 0
-    constant, other = script.group_advantages(rewards, scale)
-    assert (constant == 0).all() and (other != 0).all()
+def test_equal_rewards_have_advantage_exactly_0(scale):
+    assert SEVEN_TENTHS.mean() != SEVEN_TENTHS[0, 0]  # in fp32 the mean of seven 0.1 is not 0.1
+    assert not group_advantages(SEVEN_TENTHS, scale).any()
 
 
-# ---- GRPO: clipped objective and its means
-
-def reference_loss(logps, old, A, lengths, loss_type) -> float:
-    """The loss by loops, one sample and token at a time; clipping to [0.8, 1.28], at most 7 tokens."""
-    terms = []
-    for i, n in enumerate(lengths):
-        rho = [math.exp(logps[i][t] - old[i][t]) for t in range(n)]
-        terms.append([-min(r * A[i], min(max(r, 0.8), 1.28) * A[i]) for r in rho])
-    if loss_type == "grpo":
-        return sum(sum(row) / len(row) for row in terms) / len(terms)
-    return sum(map(sum, terms)) / (sum(lengths) if loss_type == "dapo" else len(terms) * 7)
-
-
-@in_every_script
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_policy_loss(script, loss_type):
-    lengths, C, A, rng = [3, 5, 1, 4], 5, np.array([1.2, -0.7, 0.0, -1.5]), np.random.default_rng(0)
-    logps, old = rng.normal(-1, 0.4, (4, C)), rng.normal(-1, 0.4, (4, C))
-    mask, x = torch.arange(C) < torch.tensor(lengths)[:, None], torch.tensor(logps, requires_grad=True)
-    per_token, clipped = script.policy_loss(x, float64(old), float64(A), mask, 0.2, 0.28)
-    weights = script.token_weights(mask, loss_type, 7)
-    loss = (per_token * weights[:, None].double()).sum()
-    assert loss.item() == pytest.approx(reference_loss(logps, old, A, lengths, loss_type), abs=1e-6)
-    loss.backward()
-    by_hand = numeric_grad(lambda z: reference_loss(z, old, A, lengths, loss_type), logps)
-    np.testing.assert_allclose(x.grad, by_hand, atol=1e-6)
-    rho, real = np.exp(logps - old), mask.numpy()
-    outside = real & ((rho > 1.28) & (A[:, None] > 0) | (rho < 0.8) & (A[:, None] < 0))
-    assert outside.any() and (clipped.numpy() == outside).all()
-    each, _ = script.policy_loss(x, float64(old), float64(A)[:, None].expand(4, C), mask, 0.2, 0.28)
-    assert torch.equal(each, per_token)  # an advantage for every token
-    share = script.token_weights(mask[:2], loss_type, 7, rows=4, tokens=sum(lengths))
-    assert torch.equal(share, weights[:2])  # a process that has two of the four rows
+# Two samples with A = 1 and A = -2. The last token of the second is padding, where `exp` would overflow.
+LOG_RATIOS = float64([
+    [math.log(0.5), 0.0, math.log(1.4)],
+    [math.log(0.5), 0.0, 900.0],
+])
+MASK = torch.tensor([
+    [True, True, True],
+    [True, True, False],
+])
+OLD_LOGPS = torch.zeros(2, 3)
+ADVANTAGES = float64([1.0, -2.0])
 
 
-@in_every_script
-def test_what_is_masked_does_no_harm(script):
-    logps, mask = torch.tensor([[-1.0, 900.0]], requires_grad=True), torch.tensor([[True, False]])
-    loss, _ = script.policy_loss(logps, torch.zeros(1, 2), torch.ones(1), mask, 0.2, 0.28)
-    loss.sum().backward()
-    assert torch.isfinite(loss).all() and torch.isfinite(logps.grad).all() and logps.grad[0, 1] == 0
-    for loss_type in ("grpo", "dapo", "dr_grpo"):  # a row without a token
-        for mask in ([[False, False]], [[False, False], [True, True]]):
-            assert torch.isfinite(script.token_weights(torch.tensor(mask), loss_type, 4)).all()
+def test_policy_loss():
+    loss, clipped = policy_loss(LOG_RATIOS, OLD_LOGPS, ADVANTAGES, MASK, 0.2, 0.28)
+    assert is_close(loss[0], float64([-0.5, -1.0, -1.28]))
+    assert is_close(loss[1], float64([1.6, 2.0, 0.0]))
+    assert clipped[0].tolist() == [False, False, True]
+    assert clipped[1].tolist() == [True, False, False]
 
 
-# ---- SGPO, Eq. 3 and 5: KL of a token and its clipping
+def test_gradient_of_policy_loss():
+    """It is -rho A, and 0 if the token is clipped or masked."""
+    def loss(log_ratios: Tensor) -> Tensor:
+        return policy_loss(log_ratios, OLD_LOGPS, ADVANTAGES, MASK, 0.2, 0.28)[0]
 
-@pytest.mark.parametrize("kl", ["forward_kl", "reverse_kl"])
-def test_kl_and_its_gradient(kl):
-    guided, plain = np.array([[[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]], [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0]]])
+    gradient = gradient_of(loss, LOG_RATIOS)
+    assert is_close(gradient[0], float64([-0.5, -1.0, 0.0]))
+    assert is_close(gradient[1], float64([0.0, 2.0, 0.0]))
 
-    def reference(logits, kl=kl):
-        p, q = softmax(guided), softmax(logits)
-        a, b = (p, q) if kl == "forward_kl" else (q, p)
-        return (a * (np.log(a) - np.log(b))).sum(-1)
 
-    there, back = reference(plain, "forward_kl"), reference(plain, "reverse_kl")
-    assert abs(there - back)[0] > 0.05  # the example tells the directions apart
-    x, y = torch.tensor(guided, requires_grad=True), torch.tensor(plain, requires_grad=True)
-    d = getattr(sgpo, kl)(x, y)
-    np.testing.assert_allclose(d.detach(), reference(plain), atol=1e-12)
-    assert d[1].item() == pytest.approx(0, abs=1e-12)  # equal rows
-    d.sum().backward()
-    assert x.grad is None  # stop-gradient
-    np.testing.assert_allclose(y.grad, numeric_grad(lambda z: reference(z).sum(), plain), atol=1e-6)
-    if kl == "forward_kl":  # d KL(p || softmax z) / dz = q - p
-        np.testing.assert_allclose(y.grad, softmax(plain) - softmax(guided), atol=1e-12)
+@pytest.mark.parametrize("loss_type, first, second", [
+    ("grpo", 1 / 12, 1 / 8),  # 4 samples, of 3 and 2 tokens
+    ("dapo", 1 / 10, 1 / 10),
+    ("dr_grpo", 1 / 32, 1 / 32),
+])
+def test_token_weights(loss_type, first, second):
+    """Two of an update's four samples, which have 10 tokens together and could have 8 each."""
+    weights = token_weights(MASK, loss_type, 8, num_samples=4, num_tokens=10)
+    assert weights.tolist() == pytest.approx([first, second])
+
+
+@LOSS_TYPES
+def test_token_weights_are_finite_without_any_token(loss_type):
+    weights = token_weights(~MASK[:1], loss_type, 8, num_samples=1, num_tokens=0)
+    assert weights.isfinite().all()
+
+
+# ---------------------------------------------------------------- SGPO
+
+# Distributions over three tokens at two positions; at the second the two are equal.
+P = float64([
+    [0.8, 0.1, 0.1],
+    [0.2, 0.2, 0.6],
+])
+Q = float64([
+    [0.25, 0.25, 0.5],
+    [0.2, 0.2, 0.6],
+])
+P_LOGITS = P.log() + 3.0  # logits are no log-probs
+Q_LOGITS = Q.log() - 2.0
+KL_P_Q = 0.8 * math.log(3.2) - 0.1 * math.log(2.5) - 0.1 * math.log(5)
+KL_Q_P = -0.25 * math.log(3.2) + 0.25 * math.log(2.5) + 0.5 * math.log(5)
+
+
+def test_log_probs_and_entropy():
+    ids = torch.tensor([0, 2])
+    logps, entropy = logp_and_entropy(P_LOGITS, ids)
+    assert is_close(logps.exp(), float64([0.8, 0.6]))
+    assert is_close(entropy, -(P * P.log()).sum(1))
+    gradient = gradient_of(lambda z: logp_and_entropy(z, ids)[0], P_LOGITS)
+    assert is_close(gradient[0], float64([0.2, -0.1, -0.1]))  # one-hot minus P
+
+
+def test_the_direction_of_the_kl():
+    forward = sgpo.forward_kl(P_LOGITS, Q_LOGITS)
+    reverse = sgpo.reverse_kl(P_LOGITS, Q_LOGITS)
+    assert abs(KL_P_Q - KL_Q_P) > 0.05
+    assert is_close(forward, float64([KL_P_Q, 0.0]))
+    assert is_close(reverse, float64([KL_Q_P, 0.0]))
+
+
+def test_gradient_of_the_forward_kl():
+    gradient = gradient_of(lambda z: sgpo.forward_kl(P_LOGITS, z), Q_LOGITS)
+    assert is_close(gradient, Q - P)
+
+
+@pytest.mark.parametrize("kl", [sgpo.forward_kl, sgpo.reverse_kl])
+def test_the_guided_side_has_no_gradient_through_a_shared_head(kl):
+    """The guided hidden states are P, the others Q."""
+    head = torch.eye(3, dtype=torch.float64)
+    both = gradient_of(lambda W: kl(P @ W, Q @ W), head)
+    unguided_only = gradient_of(lambda W: kl(P @ head, Q @ W), head)
+    assert torch.equal(both, unguided_only)
 
 
 def test_clip_kl_masks_and_does_not_cap():
-    d = torch.tensor([0.2, 1.0, 1.0001, 7.0], requires_grad=True)
-    clipped = sgpo.clip_kl(d, 1.0)
-    assert clipped.tolist() == pytest.approx([0.2, 1.0, 0.0, 0.0])
-    clipped.sum().backward()
-    assert d.grad.tolist() == [1, 1, 0, 0]
+    d = float64([1.0, 1.0001])
+    assert sgpo.clip_kl(d, 1.0).tolist() == [1.0, 0.0]
+    assert gradient_of(lambda x: sgpo.clip_kl(x, 1.0), d).tolist() == [1, 0]
     assert torch.equal(sgpo.clip_kl(d, math.inf), d)
 
 
-# ---- SGPO, Eq. 4 and 6: target and weight
-
 def test_reachable_target_is_the_argmax_of_the_sum_not_of_the_mean():
-    sums, lengths = torch.tensor([-4.0, -3.0, -9.0]), torch.tensor([4.0, 2.0, 12.0])
-    assert sgpo.reachable_target(sums) == 1 and (sums / lengths).argmax() == 2
+    sums = torch.tensor([-4.0, -3.0, -9.0])
+    lengths = torch.tensor([4.0, 2.0, 12.0])
+    assert sgpo.reachable_target(sums) == 1
+    assert (sums / lengths).argmax() == 2
 
 
-def test_adaptive_weight():
-    for p_guided, p_auto, alpha in [(1.0, 0.0, 0.8),              # 0.5 x 1.1 / 0.1 = 5.5, bounded
-                                    (0.5, 0.5, 0.5 * 0.1 / 0.6),  # no help beyond gamma
-                                    (0.75, 0.5, 0.5 * 0.35 / 0.6),
-                                    (0.25, 1.0, 0.0),             # harmful: 0.5 x -0.65 / 1.1 < 0
-                                    (1.0, 1.0, 0.5 * 0.1 / 1.1),
-                                    (0.5, 0.6, 0.0)]:
-        ours = sgpo.adaptive_weight(float64([p_guided]), float64([p_auto]), 0.5, 0.1, 0.8)
-        assert ours.item() == pytest.approx(alpha, abs=1e-12)
+@pytest.mark.parametrize("p_guided, p_auto, alpha", [
+    (1.0, 0.0, 0.8),           # 0.5 x 1.1 / 0.1 = 5.5, bounded by alpha_max
+    (0.7, 0.4, 0.4),           # 0.5 x 0.4 / 0.5
+    (0.4, 0.4, 0.1),           # no gain: gamma alone
+    (0.2, 0.9, 0.0),           # 0.5 x -0.6 / 1 is negative
+])
+def test_adaptive_weight(p_guided, p_auto, alpha):
+    ours = sgpo.adaptive_weight(float64(p_guided), float64(p_auto), 0.5, 0.1, 0.8)
+    assert ours.item() == pytest.approx(alpha)
 
 
-def test_group_advantage_weight():
-    inside = (1 - 8 / 9) / (np.std([1] * 7 + [0] + [1], ddof=1) + 1e-6)  # o+ is the ninth
-    ours = sgpo.group_advantage_weight(float64([[0] * 8, [1] * 8, [1] * 7 + [0]]), 0.8)
-    np.testing.assert_allclose(ours, [0.8, 0, inside], atol=1e-9)  # 8/9 / std = 2.67, bounded
+@pytest.mark.parametrize("rewards, alpha", [
+    ([1, 1, 0], 0.5),          # with the target's 1: mean 3/4, std 1/2
+    ([0, 0, 0], 0.8),          # 3/2, bounded by alpha_max
+    ([1, 1, 1], 0.0),
+])
+def test_group_advantage_weight(rewards, alpha):
+    ours = sgpo.group_advantage_weight(float64([rewards]), 0.8)
+    assert ours.item() == pytest.approx(alpha, abs=1e-5)
 
 
-def test_guide_builds_candidates_and_weights():
-    """Four problems, the second without a strategy; 16 autonomous rows, then two guided ones a strategy."""
-    problems, prompts = [{"strategy": "s"}, {}] + [{"strategy": "s"}] * 2, [[i] for i in range(22)]
-    auto, guided = [1, 0, 0, 0] + [0, 0, 1, 1] + [0, 0, 0, 0] + [1, 1, 1, 0], [1, 0.5] + [0, 0.4] + [0, 1]
-    rewards = torch.tensor(auto + guided)
-
-    def guide(n=22, **flags):
-        args = sgpo.Args(group_size=4, guided_group_size=2, **flags)
-        return sgpo.guide(prompts[:n], rewards[:n], problems, args)
-
-    guidance, metrics = guide()
-    assert guidance.correct == [[16, 17], [], [], [21]] and guidance.prompts == prompts
-    # first: 0.5 (1 - 0.25 + 0.1) / 0.35, bounded; last: 0.5 - 0.75 + 0.1 < 0
-    assert guidance.alpha.tolist() == pytest.approx([0.8, 0, 0, 0])
-    by_hand = {"alpha": 0.8 / 3, "p_auto": (0.25 + 0 + 0.75) / 3, "p_guided": 0.5, "no_target_frac": 1 / 3}
-    assert metrics == pytest.approx({f"sgpo/{name}": x for name, x in by_hand.items()})
-    assert guide(weight="fixed", fixed_alpha=0.7)[0].alpha.tolist() == pytest.approx([0.7, 0, 0, 0.7])
-    last = 0.2 / (np.std([1, 1, 1, 0, 1], ddof=1) + 1e-6)
-    assert guide(weight="group_advantage")[0].alpha.tolist() == pytest.approx([0.8, 0, 0, last])
-    guidance, metrics = guide(16, distill="none")  # none was guided
-    assert guidance.correct == [[]] * 4 and guidance.alpha.tolist() == [0] * 4 and metrics == {}
+@pytest.mark.parametrize("flags, alpha", [
+    ({}, [0.8, 0, 0, 0]),      # 0.5 (1 - 0.25 + 0.1) / 0.35, bounded; the last: 0.5 - 0.75 + 0.1 is negative
+    ({"weight": "fixed", "fixed_alpha": 0.7}, [0.7, 0, 0, 0.7]),
+    ({"weight": "group_advantage"}, [0.8, 0, 0, 0.2 / 0.2 ** 0.5]),
+])
+def test_guide(flags, alpha):
+    """Problem 1 has no strategy. A reward of 0.5 is correct, 0.4 is not."""
+    autonomous = [1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
+    rewards = torch.tensor([*autonomous, 1, 0.5, 0, 0.4, 0, 1])
+    guided_samples = {0: [16, 17], 2: [18, 19], 3: [20, 21]}
+    args = sgpo.Args(group_size=4, guided_group_size=2, **flags)
+    guidance, metrics = sgpo.guide(rewards, guided_samples, 4, args)
+    assert guidance.correct == [[16, 17], [], [], [21]]
+    assert guidance.alpha.tolist() == pytest.approx(alpha, abs=1e-5)
+    assert metrics["sgpo/alpha"] == pytest.approx(sum(alpha) / 3, abs=1e-5)
+    assert metrics["sgpo/p_auto"] == pytest.approx((0.25 + 0 + 0.75) / 3)
+    assert metrics["sgpo/p_guided"] == pytest.approx(0.5)
+    assert metrics["sgpo/no_target_frac"] == pytest.approx(1 / 3)
 
 
-def test_nothing_is_changed_in_place():
-    a, b, A, mask = torch.rand(3, 4), torch.rand(3, 4), torch.rand(3), torch.rand(3, 4) > 0.3
-    calls = [(sgpo.adaptive_weight, A, A * 2, 0.5, 0.1, 0.8), (sgpo.group_advantage_weight, a, 0.8),
-             (sgpo.forward_kl, a, b), (sgpo.reverse_kl, a, b), (sgpo.clip_kl, a, 0.5)]
-    for script in (grpo_baseline, sgpo, tgpo):
-        calls += [(script.group_advantages, a, scale) for scale in ("group", "batch", "none")]
-        calls += [(script.policy_loss, a, b, A, mask, 0.2, 0.28), (script.token_weights, mask, "grpo", 5)]
-    for function, *inputs in calls:
-        before = copy.deepcopy(inputs)
-        function(*inputs)
-        for x, y in zip(inputs, before):
-            assert torch.equal(x, y) if torch.is_tensor(x) else x == y
+# ---------------------------------------------------------------- TGPO: the teacher is P, the student Q
+
+def test_topk_forward_kl():
+    """The teacher is renormalised on its top two tokens, 8/9 and 1/9; the student is not."""
+    by_hand = 8 / 9 * math.log(8 / 9 / 0.25) + 1 / 9 * math.log(1 / 9 / 0.25)
+    ours = tgpo.topk_forward_kl(Q_LOGITS[:1], torch.tensor([[0, 1]]), P_LOGITS[:1, :2])
+    assert ours.item() == pytest.approx(by_hand)
+
+
+def test_reverse_kl_of_tgpo():
+    assert is_close(tgpo.reverse_kl(Q_LOGITS, P_LOGITS), float64([KL_Q_P, 0.0]))
+
+
+def test_entropy_with_gradient():
+    assert is_close(tgpo.entropy_with_gradient(Q_LOGITS), -(Q * Q.log()).sum(1))
+
+
+def test_log_probs_of_ids_outside_are_finite():
+    outside = torch.tensor([-1, 9])
+    assert tgpo.chosen_logps(Q_LOGITS, outside).isfinite().all()
+
+
+def test_the_schedule_of_the_coefficient():
+    values = [tgpo.coefficient(step, 0.002, 1e-5) for step in range(1, 301)]
+    assert values[:3] == pytest.approx([0.002, 0.00199, 0.00198])
+    assert values[199] == pytest.approx(1e-5)
+    assert set(values[200:]) == {0.0}
+
+
+FORWARD_GRADIENT = Q - P
+REVERSE_GRADIENT = gradient_of(lambda z: sgpo.reverse_kl(P_LOGITS, z), Q_LOGITS)
+NO_GRADIENT = torch.zeros_like(P)
+
+
+def expected_gradient(loss, drawn_from: Tensor) -> Tensor:
+    """Return the gradient of loss(log pi(a), log pi_T(a)) by the student's logits, averaged over tokens a."""
+    total = torch.zeros_like(P)
+    for a in range(3):
+        ids = torch.tensor([a, a])
+        teacher_logps = P.log()[:, a]
+        gradient = gradient_of(lambda z: loss(tgpo.chosen_logps(z, ids), teacher_logps), Q_LOGITS)
+        total += drawn_from[:, a, None] * gradient
+    return total
+
+
+def k1(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    return logps - teacher_logps
+
+
+def k3(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    log_ratio = teacher_logps - logps
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def label_loss(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    return tgpo.label_loss(logps)
+
+
+def on_policy_loss(logps: Tensor, A: Tensor) -> Tensor:
+    old_logps = logps.detach()
+    return policy_loss(logps[:, None], old_logps[:, None], A[:, None], MASK[:, :1], 0.2, 0.2)[0]
+
+
+def rkl(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    return on_policy_loss(logps, tgpo.rkl_advantages(logps.detach(), teacher_logps))
+
+
+def label_bonus(logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    labels = P.argmax(1)
+    return on_policy_loss(logps, tgpo.label_bonus(Q.log()[[0, 1], labels]))
+
+
+@pytest.mark.parametrize("estimator, drawn_from, expected", [
+    (tgpo.k2, Q, REVERSE_GRADIENT),
+    (k3, Q, FORWARD_GRADIENT),
+    (k1, Q, NO_GRADIENT),
+    (rkl, Q, REVERSE_GRADIENT),
+    (label_bonus, Q, NO_GRADIENT),
+    (label_loss, P, FORWARD_GRADIENT),  # labels drawn from the teacher
+])
+def test_expected_gradients_of_estimators(estimator, drawn_from, expected):
+    assert is_close(expected_gradient(estimator, drawn_from), expected)
+
+
+def test_forward_and_reverse_gradients_differ():
+    assert (FORWARD_GRADIENT - REVERSE_GRADIENT).abs().max() > 0.05

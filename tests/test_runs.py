@@ -1,436 +1,319 @@
-"""Whole runs: what they write, resume bit for bit, kills and signals at any moment, refusals, the scripts'
-text."""
-import ast
-import difflib
-import importlib.util
+"""Runs of the three scripts: what they write, exact resume, kills and signals, refusals."""
+import fcntl
 import json
-import os
-import random
+
 import shutil
 import signal
+import subprocess
 import sys
 import time
-import types
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import grpo_baseline
-import sgpo
-import tgpo
-from conftest import (ROOT, SHARED, Child, read_jsonl, same_runs, same_weights, small_tokenizer, undo,
-                      whole_run_for_real, write_rows)
+from conftest import (
+    CHAT_TEMPLATE, ROOT, assert_same_runs, read_jsonl, same_weights, small_model, write_jsonl)
+
+SCRIPTS = ["grpo_baseline", "sgpo", "tgpo"]
+METRICS = {
+    "step", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
+    "completions/clipped_ratio", "entropy", "clip_ratio", "grad_norm", "lr", "loss", "time/rollout_s",
+    "time/train_s", "tokens_per_s", "padding_frac", "peak_memory_gb", "grader/timeouts"}
+OWN_METRICS = {
+    "grpo_baseline": set(),
+    "sgpo": {"sgpo/alpha", "sgpo/p_auto", "sgpo/p_guided", "sgpo/kl", "sgpo/kl_clipped_frac",
+             "sgpo/no_target_frac"},
+    "tgpo": {"tgpo/coef", "tgpo/teacher_nll", "tgpo/reverse_kl_k1", "tgpo/mismatch", "tgpo/dropped_labels"},
+}
+
 
 # ---- what a run writes
 
-def test_tensorboard_has_the_metrics_config_and_samples(rows_file, train):
-    """Read back from its event files; what a resumed run does again takes the place of what was there."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    flags = ["--eval_dataset", rows_file, "--eval_every", 2, "--report_to", "tensorboard", "--steps", 3,
-             "--save_every", 2]
-    undo(train("grpo_baseline", *flags), 3)
-    out = train("grpo_baseline", *flags, "--resume")
-    board = events.EventAccumulator(str(out / "tensorboard"), {events.SCALARS: 0, events.TENSORS: 0}).Reload()
-    metrics = read_jsonl(out / "metrics.jsonl")
-    for key in {key for row in metrics for key in row} - {"step"}:
-        shown = [(event.step, event.value) for event in board.Scalars(key)]
-        assert shown == [(row["step"], pytest.approx(row[key], rel=1e-5)) for row in metrics if key in row]
-    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-             for tag in board.Tags()["tensors"]}
-    assert '"lr": 0.001' in texts["config/text_summary"]
-    first = read_jsonl(out / "samples.jsonl")[0]
-    sample = texts["samples/0/text_summary"].replace("\n    ", "\n")
-    assert json.loads(sample) == first and all(line[:4] == "    " for line in
-                                               texts["samples/0/text_summary"].splitlines())  # a code block
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_other_dashboards_by_the_calls_they_share(name, tmp_path, train, capsys, monkeypatch):
-    argv = ["grpo_baseline", "--steps", 1, "--report_to", name]
-    if not importlib.util.find_spec(name):
-        assert not train(*argv, out="none", code=2).exists()
-        assert f"pip install {name}" in capsys.readouterr().err
-    client, calls = types.ModuleType(name), []
-    client.__spec__ = importlib.machinery.ModuleSpec(name, None)
-    client.init = lambda project, name, config, resume, **own: calls.append((name, config, resume, own))
-    client.log = lambda metrics, step: calls.append((step, metrics))
-    client.Table = lambda dataframe: dataframe
-    monkeypatch.setitem(sys.modules, name, client)
-    train(*argv)
-    (run, config, resume, _), (step, metrics) = calls
-    row, = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert (run, resume, step) == ("run", "allow", 1) and config["flags"]["lr"] == 1e-3
-    assert len(metrics.pop("samples")) == 9 and metrics == {k: v for k, v in row.items() if k != "step"}
-
-
-def test_the_line_beside_the_bar_tells_what_is_known():
-    run = object.__new__(common.Run)
-    run.accuracy = None
-    run.metrics = {"step": 3, "reward": 0.254, "sgpo/alpha": 0.8, "tokens_per_s": 1234.5, "lr": 1e-6}
-    assert run.line() == "reward 0.25, alpha 0.80, 1234/s"
-    run.accuracy = 0.5
-    run.metrics = {"step": 4, "reward": 0.0, "entropy": 0.1, "completions/mean_length": 7.6}
-    assert run.line() == "reward 0.00, held-out 0.50, entropy 0.10, 8 tokens"
-
-
-@pytest.mark.parametrize("shape, wanted", [
-    ("constant", [.5, 1, 1, 1]), ("linear", [.5, 1, 2 / 3, 1 / 3]), ("cosine", [.5, 1, .75, .25])])
-def test_the_learning_rate_follows_its_schedule(shape, wanted, train):
-    """Two steps of warm-up; no step is wasted on a rate of 0; the same after a resume."""
-    flags = ["--lr_schedule", shape, "--lr_warmup_steps", 2, "--steps", 4, "--save_every", 2]
-    undo(train("grpo_baseline", *flags), 4)
-    run = train("grpo_baseline", *flags, "--resume")
-    rates = [row["lr"] / 1e-3 for row in read_jsonl(run / "metrics.jsonl")]
-    assert rates == pytest.approx(wanted)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_writes_metrics_samples_and_a_trained_model(script, model_dirs, rows_file, train, capsys):
+    demo = ROOT / "tests/demo/train.jsonl"
+    run = train(script, "--steps", 2, "--dataset", demo, "--warmup_frac", 0, "--eval_dataset", rows_file,
+                "--eval_samples", 1)
+    start, *rows = read_jsonl(run / "metrics.jsonl")
+    samples = read_jsonl(run / "samples.jsonl")
+    assert start["step"] == 0
+    assert 0 <= start["eval/accuracy"] <= 1
+    assert ("eval/accuracy_guided" in start) == (script == "sgpo")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert "eval/accuracy" in rows[1]
+    for row in rows:
+        assert row.keys() >= METRICS | OWN_METRICS[script]
+        own = [s for s in samples if s["step"] == row["step"] and not s.get("guided")]
+        rewards = torch.tensor([s["reward"] for s in own]).view(4, 3)
+        assert row["reward"] == pytest.approx(rewards.mean().item())
+        assert row["reward_std"] == pytest.approx(rewards.std(1).mean().item())
+        assert row["frac_reward_zero_std"] == (rewards.std(1) == 0).float().mean().item()
+        assert row["completions/mean_length"] <= 8
+    assert {"id", "problem", "answer", "completion"} < own[0].keys()
+    assert not same_weights(model_dirs["qwen2"], run / "model")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 0/2", "step 1/2", "step 2/2"]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_real_problems_run_through_and_the_model_loads(kind, model_dirs, tmp_path, run_script):
-    path = SHARED / "data" / "math500.jsonl"
-    rows = [{"problem": f"Find $x$ if $x - {i} = 1$.", "answer": str(i + 1)} for i in range(12)]
-    rows = common.load_rows(str(path))[:12] if path.exists() else rows
-    for row in rows[:5]:
-        row["strategy"] = "Problem type: algebra. Strategy: isolate x. Steps: 1. Write it. 2. Solve it."
-    data, out = write_rows(tmp_path / "math.jsonl", rows), tmp_path / "run"
-    assert run_script("sgpo", "--model", model_dirs[kind], "--dataset", data, "--eval_dataset", data,
-                      "--steps", 2, "--prompts_per_step", 4, "--group_size", 2, "--guided_group_size", 2,
-                      "--max_new_tokens", 12, "--max_prompt_tokens", 2000, "--eval_samples", 1, "--out",
-                      out) == 0
-    metrics = read_jsonl(out / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [0, 1, 2]
-    assert {"reward", "reward_std", "frac_reward_zero_std", "completions/mean_length",
-            "completions/clipped_ratio", "clip_ratio", "grad_norm", "lr", "loss", "time/rollout_s",
-            "time/train_s", "tokens_per_s", "peak_memory_gb", "grader/timeouts"} <= set(metrics[1])
-    assert "eval/accuracy" in metrics[0] and "eval/accuracy" in metrics[2]
-    samples = read_jsonl(out / "samples.jsonl")
-    assert {"step", "id", "problem", "answer", "reward",
-            "completion"} == set(samples[0]) and len(samples) >= 16
-    ids = torch.tensor([[1, 2, 3]])
-    loaded, ours = AutoModelForCausalLM.from_pretrained(out / "model"), common.load_model(str(out / "model"))
-    torch.testing.assert_close(loaded(ids).logits, ours(ids).logits)
-    assert AutoTokenizer.from_pretrained(out / "model").chat_template == small_tokenizer().chat_template
+def test_the_model_is_saved_once_and_loads_in_transformers(kind, model_dirs, train):
+    run = train("grpo_baseline", "--steps", 1, "--model", model_dirs[kind])
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template == CHAT_TEMPLATE
+    size = (model_dirs[kind] / "model.safetensors").stat().st_size
+    assert abs((run / "model/model.safetensors").stat().st_size - size) < 500  # a tied head is one tensor
+    trained = small_model(kind, tie_word_embeddings=kind == "qwen2")
+    optimizer = torch.optim.AdamW(trained.parameters(), fused=True)
+    common.fill_adam_state(optimizer)
+    common.load_checkpoint(run / "checkpoints/step_000001", trained, optimizer)
+    loaded = AutoModelForCausalLM.from_pretrained(run / "model")
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, trained(ids).logits)
 
 
-@pytest.mark.parametrize("script", ["sgpo", "grpo_baseline"])
-def test_training_changes_the_model_and_metrics_agree_with_samples(script, model_dirs, train):
-    out = train(script, "--steps", 3)
-    assert not same_weights(model_dirs["qwen2"], out / "model")
-    samples = read_jsonl(out / "samples.jsonl")
-    for m in read_jsonl(out / "metrics.jsonl"):
-        rewards = [s["reward"] for s in samples if s["step"] == m["step"] and not s.get("guided")]
-        groups = torch.tensor(rewards).view(3, 3)
-        assert m["reward"] == pytest.approx(groups.mean().item())
-        assert m["reward_std"] == pytest.approx(groups.std(1).mean().item())
-        assert m["frac_reward_zero_std"] == pytest.approx((groups.std(1) == 0).float().mean().item())
-    assert all(s["problem"] == f"What is {s['id']} + {s['id']}?" for s in samples)
-    if script == "sgpo":
-        assert "sgpo/alpha" in m and len([s for s in samples if s["step"] == 1 and s.get("guided")]) == 6
-    config = json.loads((out / "config.json").read_text())
-    assert config["flags"]["lr"] == 1e-3 and config["versions"]["torch"] == torch.__version__
+def test_the_learning_rate_follows_its_schedule(train):
+    run = train("grpo_baseline", "--lr_schedule", "linear", "--lr_warmup_steps", 2, "--steps", 4)
+    rates = [row["lr"] for row in read_jsonl(run / "metrics.jsonl")]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
 
 
-def test_sgpo_without_distillation_is_grpo_to_the_bit(train):
-    same_runs(train("sgpo", "--steps", 3, "--distill", "none", out="sgpo"),
-              train("grpo_baseline", "--steps", 3, out="grpo"))
+def test_tensorboard_gets_the_metrics(train):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train("grpo_baseline", "--steps", 2, "--report_to", "tensorboard")
+    board = events.EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in METRICS - {"step"}:
+        sent = [event.value for event in board.Scalars(name)]
+        assert sent == pytest.approx([row[name] for row in read_jsonl(run / "metrics.jsonl")], rel=1e-5)
 
 
-def test_strategies_on_some_rows_only(rows_file, tmp_path, train):
-    rows = read_jsonl(rows_file)
-    for row in rows[3:]:
-        del row["strategy"]
-    run = train("sgpo", "--dataset", write_rows(tmp_path / "some.jsonl", rows), "--steps", 4)
-    assert {s["id"] for s in read_jsonl(run / "samples.jsonl") if s.get("guided")} == {"0", "1", "2"}
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(train, capsys):
+    assert not train("sgpo", "--dry_run").exists()
+    assert "2 guided) samples" in capsys.readouterr().out
 
 
-def test_guided_rows_are_sampled_behind_the_strategy_and_scored_without(train, monkeypatch):
-    seen, true = {}, sgpo.update
+def test_a_config_file_repeats_a_run(train, tmp_path, run_script):
+    first = train("sgpo", "--steps", 2)
+    assert run_script("sgpo", first / "config.json", "--out", tmp_path / "again") == 0
+    assert_same_runs(first, tmp_path / "again")
 
-    def watched(model, optimizer, ro, advantages, guidance, args):
-        seen.update(scored=ro.prompts, sampled=guidance.prompts)
-        return true(model, optimizer, ro, advantages, guidance, args)
 
-    monkeypatch.setattr(sgpo, "update", watched)
-    train("sgpo", "--steps", 1)
-    sampled, scored = ([small_tokenizer().decode(p) for p in seen[name]] for name in ("sampled", "scored"))
-    assert len(sampled) == 15 and not any("Strategy" in p for p in sampled[:9] + scored)
-    assert all("Strategy:\nType: sum." in p for p in sampled[9:]) and sampled[:9] == scored[:9]
-    for k, q in enumerate([0, 0, 1, 1, 2, 2]):  # guided rows belong to their problem
-        assert scored[9 + k] == scored[3 * q]
+def test_weights_that_are_not_finite_are_not_saved(train, capsys):
+    run = train("grpo_baseline", "--steps", 1, "--lr", 1e39, code=2)
+    assert "the weights are not finite" in capsys.readouterr().err
+    assert not (run / "model").exists()
 
 
 # ---- resume
 
-def test_resume_with_more_steps_and_a_config_json_as_a_flag_file_repeat_a_run(train, tmp_path, run_script):
-    train("grpo_baseline", "--steps", 2, out="two")
-    whole = train("grpo_baseline", "--steps", 4, out="whole")
-    same_runs(train("grpo_baseline", "--steps", 4, "--resume", out="two"), whole)
-    assert run_script("grpo_baseline", whole / "config.json", "--out", tmp_path / "again") == 0
-    same_runs(tmp_path / "again", whole)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_is_the_uninterrupted_one(script, train):
+    whole = train(script, "--steps", 4, out="whole")
+    run = train(script, "--steps", 2)
+    leave_traces_of_a_kill(run)
+    train(script, "--steps", 4, "--resume")
+    assert_same_runs(run, whole)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
 
-def test_a_checkpoint_before_the_first_optimizer_step_changes_nothing(tmp_path, train):
-    """All groups were dead so far: AdamW has no state, and torch would make one up by a step of its own."""
-    file = tmp_path / "late.py"
-    late = ("n = 0\ndef f(response, row):\n    global n\n    n += 1\n"
-            "    return float(n > 9 and len(response) % 2)\n")
-    argv = ["grpo_baseline", "--save_every", 1, "--reward", f"{file}:f", "--steps"]
-    file.write_text(late)
-    first, = read_jsonl(train(*argv, 1) / "metrics.jsonl")
-    assert first["updates"] == 0 and "padding_frac" not in first  # nothing was trained on
-    file.write_text(late.replace("n > 9 and ", ""))  # as it is from step 2 on
-    run = train(*argv, 2, "--resume")
-    file.write_text(late)
-    whole = train(*argv, 2, out="whole")
-    assert read_jsonl(whole / "metrics.jsonl")[1]["updates"] == 1
-    same_runs(run, whole)
+def leave_traces_of_a_kill(run) -> None:
+    """Leave what a kill in step 4 leaves: rows behind the last checkpoint, half a line, half a checkpoint."""
+    with open(run / "samples.jsonl", "a") as file:
+        file.write('{"step": 3, "completion": "lost"}\n{"step": 3, "compl')
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": 1.0}\n{"st')
+    shutil.copytree(run / "checkpoints/step_000002", run / "checkpoints/step_000004.tmp")
+    (run / "checkpoints/step_000004.tmp/.metadata").unlink()
 
 
-# ---- kills
+@pytest.mark.parametrize("dead_steps", [0, 1])
+def test_a_parameter_without_a_gradient_resumes_exactly(dead_steps, rows_file, tmp_path, train, monkeypatch):
+    """Also if the checkpoint was written before the first optimizer step, because all groups were dead."""
+    def with_unused_parameter(args):
+        model = common.load_policy(args)
+        model.model.unused = torch.nn.Parameter(torch.ones(3))
+        return model
 
-def test_twenty_kills_at_any_moment_change_nothing(argv_of, rows_file, tmp_path):
-    argv = argv_of("sgpo", "--steps", 8, "--save_every", 1, "--eval_dataset", rows_file, "--eval_every", 3,
-                   "--eval_samples", 1)
-    Child(int).ended()  # the server of forks has started
-    began = time.time()
-    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", tmp_path / "whole"]).ended() == 0
-    whole, draw, kills, reached, broken = time.time() - began, random.Random(0), 0, set(), tmp_path / "broken"
-    while kills < 20 or len(reached) < 6:  # the kills come all along the way
-        if (broken / "model").exists():  # it came to its end: begin anew
-            shutil.rmtree(broken)
-        again = ["--resume"] if common.has_begun(broken) else []
-        child = Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again], said=tmp_path / "said")
-        time.sleep(draw.uniform(0.1, 0.5 * whole))
-        whole *= 1.03  # the machine may have become slower
-        child.process.kill()
-        kills += child.ended() == -9
-        reached |= {p.name for p in broken.glob("checkpoints/*")}
-        if (broken / "checkpoints" / "step_000007").exists():  # nearly through: make it young again
-            for step in range(3, 9):
-                shutil.rmtree(broken / "checkpoints" / f"step_{step:06d}", ignore_errors=True)
-    again = ["--resume"] if common.has_begun(broken) else []
-    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", broken, *again]).ended() == 0
-    same_runs(tmp_path / "whole", broken)
+    problems = common.load_problems(str(rows_file))
+    dead = [p["id"] for p in common.problems_of_step(problems, 1, 4 * dead_steps, 0)]
+    reward = tmp_path / "reward.py"
+    reward.write_text(f"def f(text, row):\n    return float(row['id'] not in {dead} and len(text) % 2)\n")
+    monkeypatch.setattr(grpo_baseline, "load_policy", with_unused_parameter)
+    flags = ["--reward", f"{reward}:f"]
+    whole = train("grpo_baseline", *flags, "--steps", 2, out="whole")
+    run = train("grpo_baseline", *flags, "--steps", 1)
+    train("grpo_baseline", *flags, "--steps", 2, "--resume")
+    assert_same_runs(run, whole)
+    assert [row["updates"] for row in read_jsonl(run / "metrics.jsonl")] == [1 - dead_steps, 1]
 
 
-@pytest.fixture(scope="module")
-def whole(argv_of, rows_file, tmp_path_factory):
-    """A run that nothing disturbed, and its command line."""
-    argv = argv_of("sgpo", "--steps", 4, "--max_new_tokens", 40, "--eval_dataset", rows_file,
-                   "--eval_samples", 1, "--eval_every", 2)
-    run = tmp_path_factory.mktemp("whole") / "run"
-    assert Child(whole_run_for_real, "sgpo", [*argv, "--out", run]).ended() == 0
-    return run, argv
+def test_a_killed_run_resumes_exactly(argv_of, train, tmp_path):
+    flags = ["--steps", 40, "--save_every", 2]
+    killed = tmp_path / "killed"
+    command = [sys.executable, ROOT / "sgpo.py", *argv_of("sgpo", *flags), "--out", killed]
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    while not (killed / "checkpoints/step_000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    steps = (killed / "metrics.jsonl").read_bytes().count(b"\n")
+    assert 2 <= steps < 40
+    flags = ["--steps", steps + 2, "--save_every", 2]
+    train("sgpo", *flags, "--resume", out="killed")
+    assert_same_runs(killed, train("sgpo", *flags))
 
 
-def resumed_equals(whole, run, *more):
-    whole, argv = whole
-    assert Child(whole_run_for_real, "sgpo", [*argv, *more, "--out", run, "--resume"]).ended() == 0
-    same_runs(run, whole)
-
-
-def broken_in_step_3(moment, argv, out):
-    """A run that kills itself at one of the worst moments."""
-    place, name = {"in the write": (dcp, "save"), "before the rename": (Path, "rename"),
-                   "while an old one is removed": (shutil, "rmtree"),
-                   "in the log": (common.Run, "log")}[moment]
-    true = getattr(place, name)
-
-    def deadly(*args, **kwargs):
-        in_time = (out / "checkpoints" / "step_000002").exists()
-        if not in_time or moment == "while an old one is removed" and not str(
-            args[0]).endswith("step_000001"):
-            return true(*args, **kwargs)
-        if moment == "in the write":
-            true(*args, **kwargs)
-            for file in (out / "checkpoints" / "step_000003.tmp").iterdir():
-                file.write_bytes(file.read_bytes()[:100])
-        if moment == "while an old one is removed":
-            next(args[0].iterdir()).unlink()
-        if moment == "in the log":
-            with open(out / "metrics.jsonl", "a") as file:
-                file.write('{"step": 3, "rew')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(place, name, deadly)
-    return whole_run_for_real("sgpo", [*argv, "--out", out])
-
-
-@pytest.mark.parametrize("moment", ["in the write", "before the rename",
-                                    "while an old one is removed", "in the log"])
-def test_a_kill_in_the_middle_of_saving(moment, whole, tmp_path):
-    argv = [*whole[1], "--save_every", 1]
-    assert Child(broken_in_step_3, moment, argv, tmp_path / "run").ended() == -9
-    resumed_equals(whole, tmp_path / "run", "--save_every", 1)
-
-
-# ---- signals
-
-def told(kind, moment, at, argv, out):
-    """A run that gets a signal in step `at`, or in the evaluation before it; it must end within 10 s."""
-    place, name = {"rollout": (common.Progress, "__call__"), "update": (sgpo, "policy_loss"),
-                   "save": (dcp, "save"), "evaluation": (sgpo, "held_out_accuracy")}[moment]
-    true, began = getattr(place, name), []
-
-    def wrapped(*args, **kwargs):
-        rows = read_jsonl(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
-        if not began and len([row for row in rows if row["step"]]) + 1 == at:
-            began.append(time.time())
-            os.kill(os.getpid(), kind)
-        return true(*args, **kwargs)
-
-    setattr(place, name, wrapped)
-    try:
-        return whole_run_for_real("sgpo", [*argv, "--out", out])
-    finally:
-        assert time.time() - began[0] < 10
-
-
-@pytest.mark.parametrize("moment, kind, at, step", [  # a step that has its rollout is finished
-    ("rollout", signal.SIGTERM, 3, 2), ("update", signal.SIGINT, 3, 3), ("save", signal.SIGTERM, 3, 2),
-    ("evaluation", signal.SIGTERM, 2, 2)])
-def test_a_signal_is_obeyed_soon_and_leaves_a_checkpoint(moment, kind, at, step, whole, tmp_path):
-    more, run = ["--save_every", 2 if moment == "save" else 0], tmp_path / "run"
-    assert Child(told, kind, moment, at, [*whole[1], *more], run, said=tmp_path / "said").ended() == 130
-    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{step:06d}"]
-    said, err = (tmp_path / "said").read_text(), (tmp_path / "said.err").read_text()
-    assert f"stopped after step {step} of 4; go on with --resume" in said and "Traceback" not in err
-    resumed_equals(whole, run, *more)  # an evaluation that the stop cut off is made up for
-
-
-@pytest.mark.parametrize("processes", [None, "2"])
-def test_a_stop_says_how_long_torchrun_waits(processes, monkeypatch, capsys):
-    if processes:
-        monkeypatch.setenv("WORLD_SIZE", processes)
-    common.Stop.can_wait = True
-    common.Stop.on_signal(signal.SIGTERM, None)
-    said = capsys.readouterr().err
-    assert "what is done will be saved" in said and ("--shutdown_timeout" in said) == bool(processes)
-
-
-def test_stops_at_the_ends_and_a_kill_in_an_evaluation_that_is_made_up_for(whole, argv_of, tmp_path):
-    run, last, argv = tmp_path / "run", tmp_path / "last", whole[1]
-    assert Child(told, signal.SIGINT, "evaluation", 1, argv, run).ended() == 130  # before the first step
-    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_000000"]
-    resumed = [*argv, "--resume"]
-    assert Child(told, signal.SIGINT, "evaluation", 4, resumed, run).ended() == 130  # after the last one
-    assert Child(told, signal.SIGKILL, "evaluation", 5, resumed, run).ended() == -9
-    resumed_equals(whole, run)
-    assert Child(told, signal.SIGINT, "update", 2, argv_of("sgpo", "--steps", 2), last).ended() == 0
-    assert (last / "model").exists()  # it was the last step
-
-
-def test_a_run_that_was_stopped_before_it_had_done_anything_can_be_resumed_or_begun_anew(train):
-    run = train("grpo_baseline", "--steps", 1)
-    for more in (["--resume"], []):
-        for path in run.iterdir():
-            if path.name not in ("config.json", "lock"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        train("grpo_baseline", "--steps", 1, *more)
-    assert (run / "model").exists()
-
-
-def interrupted(moment, argv):
-    """A run that is interrupted whenever it has written a token, or loads its data."""
-    place, name = {"rollout": (common.Progress, "__call__"), "data": (grpo_baseline, "load_problems")}[moment]
-    true = getattr(place, name)
-
-    def wrapped(*args, **kwargs):
+def test_ctrl_c_ends_the_run_after_its_step(train, tmp_path, capsys):
+    button = tmp_path / "button"
+    reward = tmp_path / "reward.py"
+    reward.write_text(f"""
+import os, pathlib, signal
+def even(text, row):
+    button = pathlib.Path({str(button)!r})
+    if button.exists():
+        button.unlink()
         os.kill(os.getpid(), signal.SIGINT)
-        return true(*args, **kwargs)
-
-    setattr(place, name, wrapped)
-    return whole_run_for_real("grpo_baseline", argv)
-
-
-@pytest.mark.parametrize("moment, lines", [
-    ("rollout", "\nstopping: what is done will be saved (once more: at once)\nstopped\n"),
-    ("data", "stopped\n")])
-def test_a_second_signal_and_one_before_training_end_at_once(moment, lines, argv_of, tmp_path):
-    argv = argv_of("grpo_baseline", "--steps", 2, "--out", tmp_path / "run")
-    assert Child(interrupted, moment, argv, said=tmp_path / "said").ended() == 130
-    assert (tmp_path / "said.err").read_text() == lines
-    assert (tmp_path / "run").exists() == (moment == "rollout")
-    assert not list(tmp_path.glob("run/checkpoints/*"))
+    return float(len(text) % 2 == 0)
+""")
+    flags = ["--reward", f"{reward}:even", "--steps", 3, "--save_every", 0]
+    whole = train("grpo_baseline", *flags, out="whole")
+    capsys.readouterr()
+    button.touch()
+    run = train("grpo_baseline", *flags, code=130)
+    screen = capsys.readouterr()
+    assert "Stopping after this step" in screen.err
+    assert f"stopped after step 1 of 3; continue with --resume --out {run}" in screen.out
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    train("grpo_baseline", *flags, "--resume")
+    assert_same_runs(run, whole)
 
 
-# ---- disks, numbers, memory
+# ---- refusals
 
-@pytest.mark.parametrize("times, code", [(1, 0), (5, 2)])
-def test_gradients_that_are_not_finite(times, code, train, capsys, monkeypatch):
-    """They are skipped and counted; five steps in a row with nothing else end the run."""
-    true, calls = grpo_baseline.policy_loss, []
+@pytest.fixture
+def refused(run_script, capfd):
+    """Return a function that checks that a command line is refused in one line, and returns the line."""
+    def refuse(script: str, *argv) -> str:
+        capfd.readouterr()
+        assert run_script(script, *argv) == 2
+        line = capfd.readouterr().err
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        return line
 
-    def broken(*args):
-        loss, clipped = true(*args)
-        calls.append(1)
-        return loss * (float("nan") if len(calls) <= times else 1.0), clipped
-
-    monkeypatch.setattr(grpo_baseline, "policy_loss", broken)
-    metrics = read_jsonl(train("grpo_baseline", "--steps", 9, code=code) / "metrics.jsonl")
-    assert sum(m["nonfinite_updates"] for m in metrics) == times
-    if code:
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1 and "not finite in 5 steps in a row" in err
-        assert "earlier weights" not in err
-        assert not any(m["updates"] for m in metrics)
+    return refuse
 
 
-def test_out_of_memory_is_one_line_and_nothing_is_retried(train, capsys, monkeypatch):
-    """After an error in a backward pass gradients may hang where no optimizer sees them: the run ends."""
-    calls = []
+FILES = {
+    "cut.jsonl": '{"problem": "1 + 1", "answer": "2"}\n{"problem": "2',
+    "answerless.jsonl": '{"problem": "1 + 1", "answer": "2"}\n{"problem": "2 + 2"}\n',
+    "plain.jsonl": '{"problem": "1 + 1", "answer": "2"}\n',
+    "solved.jsonl": '{"problem": "1 + 1", "answer": "2", "solution": "\\\\boxed{2}"}\n' * 3,
+    "flags.json": "[1]",
+    "reward.py": "",
+}
+URL = "http://localhost:1/v1"
+REFUSALS = [
+    ("grpo_baseline", "--learning_rate 1", "--learning_rate"),
+    ("grpo_baseline", "--steps ten", "invalid int value: 'ten'"),
+    ("grpo_baseline", "--loss_type ppo", "invalid choice: 'ppo'"),
+    ("grpo_baseline", "--lr -1", "--lr is -1.0; it must be in [0, inf)"),
+    ("grpo_baseline", "--top_p nan", "--top_p is nan; it must be in (0, 1]"),
+    ("grpo_baseline", "--group_size 1", "--group_size is 1; it must be in [2, inf)"),
+    ("grpo_baseline", "--dataset nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("grpo_baseline", "--dataset cut.jsonl", "cut.jsonl, line 2: not JSON"),
+    ("grpo_baseline", "--dataset answerless.jsonl", 'answerless.jsonl, line 2: row has no "answer"'),
+    ("grpo_baseline", "--model ./nowhere", "--model ./nowhere: no such directory"),
+    ("grpo_baseline", "--max_new_tokens 5000", "exceeds the context of --model"),
+    ("grpo_baseline", "--max_prompt_tokens 1", "none of its problems can be used"),
+    ("grpo_baseline", "--out .", "exists and is not empty; add --resume"),
+    ("grpo_baseline", "--out plain.jsonl/run", "--out plain.jsonl/run: cannot be "),
+    ("grpo_baseline", "--resume", "there is no run in --out new"),
+    ("grpo_baseline", "--updates_per_rollout 3", "--prompts_per_step 4 must be a multiple of"),
+    ("grpo_baseline", "--reward nowhere.py:f", "write it as FILE.py:function, with a file that exists"),
+    ("grpo_baseline", "--reward reward.py:f", "reward.py has no function f"),
+    ("grpo_baseline", "--report_to wandb", "pip install wandb"),
+    ("grpo_baseline", "--dataset solved.jsonl --warmup_frac 1", "leaves no problem for RL"),
+    ("sgpo", f"--strategist {URL}", "name its model with --strategist_model"),
+    ("sgpo", "--strategist http://me:secret@host/v1", "environment variable OPENAI_API_KEY"),
+    ("sgpo", "--strategist_model strong", "belongs to an endpoint"),
+    ("sgpo", "--strategist_args [1]", "--strategist_args [1]: it must be a JSON object"),
+    ("sgpo", "--strategist_args {", "--strategist_args {: it must be a JSON object"),
+    ("sgpo", "--strategies nowhere/s.jsonl", "--strategies nowhere/s.jsonl: there is no such folder"),
+    ("sgpo", "--strategies .", "--strategies .: is a folder"),
+    ("sgpo", "--dataset plain.jsonl", "none of the problems has a strategy or a solution"),
+    ("tgpo", "--teacher ./nowhere", "--teacher ./nowhere: no such directory"),
+    ("tgpo", "--teacher_device abacus", "--teacher_device abacus"),
+    ("tgpo", "--topk 1000", "student and teacher share 260 tokens"),
+]
 
-    def short(*_):
-        calls.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.Tensor, "backward", short)
-    train("grpo_baseline", "--steps", 2, code=2)
-    err = capsys.readouterr().err
-    assert len(calls) == 1 and err.count("\n") == 1
-    assert "lower --microbatch_tokens" in err and "--cpu_offload" in err
-
-
-def test_memory_rule(model_dirs):
-    """16 bytes per parameter for what training holds, 2 for the copy that samples; the user's word stands."""
-    def chosen(card: float, **flags) -> tuple[bool, bool]:
-        args = sgpo.Args(model=str(model_dirs["qwen2"]), **flags)
-        common.choose_memory(args, card)
-        return args.activation_checkpointing, args.cpu_offload
-
-    need = 18 * sum(p.numel() for p in common.load_model(str(model_dirs["qwen2"])).parameters())
-    assert chosen(9 * need) == (False, False) and chosen(7 * need) == chosen(3 * need) == (True, False)
-    assert chosen(1.1 * need) == (True, True) and chosen(1.1 * need, cpu_offload=False) == (True, False)
-    more = 2 * sum(p.numel() for p in common.load_model(str(model_dirs["llama"])).parameters())
-    for device, offloads in ((None, True), ("cuda:0", True), ("cuda:1", False)):  # a teacher beside it counts
-        models = {"model": str(model_dirs["qwen2"]), "teacher": str(model_dirs["llama"])}
-        args = tgpo.Args(**models, teacher_device=device)
-        said = common.choose_memory(args, (need + more / 2) / 0.75)
-        assert args.cpu_offload == offloads and ("the teacher's" in said) == offloads
+@pytest.mark.parametrize("script, flags, message", REFUSALS)
+def test_refused_in_one_line_with_nothing_left_behind(script, flags, message, argv_of, tmp_path, refused,
+                                                      monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    line = refused(script, *argv_of(script), "--out", "new", *flags.split())
+    assert message in line
+    assert {path.name for path in tmp_path.iterdir()} == FILES.keys()
 
 
-# ---- the scripts' common text
-
-def blocks(script: str) -> dict[str, str]:
-    source = (ROOT / f"{script}.py").read_text()
-    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+def test_resume_needs_a_directory(argv_of, refused):
+    assert "--resume needs --out" in refused("grpo_baseline", *argv_of("grpo_baseline", "--resume"))
 
 
-SAME = {"Rollout", "rollout", "group_advantages", "policy_loss", "token_weights"}
-OWN = {"Args", "check_args", "score_rows", "update", "main"}  # these hold the algorithm
+def test_tgpo_needs_a_teacher(model_dirs, refused):
+    assert "--teacher is missing" in refused("tgpo", "--model", model_dirs["qwen2"])
 
 
-@pytest.mark.parametrize("script", ["sgpo", "tgpo"])
-def test_the_scripts_share_blocks_word_for_word_and_their_diff_takes_little_away(script):
-    """What the paper adds may be long; what it changes of GRPO's own lines is not."""
-    ours, base = blocks(script), blocks("grpo_baseline")
-    assert all(ours[name] == base[name] for name in SAME) and set(base) - SAME == OWN
-    assert [name for name in ours if name in base] == list(base)
-    a, b = ((ROOT / f"{name}.py").read_text().splitlines() for name in ("grpo_baseline", script))
-    start = next(i for i, line in enumerate(a) if line.startswith("# Letters: "))
-    removed = [line for line in difflib.ndiff(a[start:], b) if line.startswith("- ")]
-    assert len(removed) <= 25, "\n".join(removed)
+@pytest.mark.parametrize("text", ["[1]", "{", None])
+def test_a_flag_file_must_be_an_object(text, tmp_path, refused):
+    path = tmp_path / "flags.json"
+    if text:
+        path.write_text(text)
+    assert f"{path}: cannot read flags from it" in refused("grpo_baseline", path)
+
+
+def test_a_run_directory_belongs_to_one_run(argv_of, train, tmp_path, rows_file, refused):
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows_file, data)
+    argv = argv_of("grpo_baseline", "--dataset", data, "--steps", 1)
+    run = train("grpo_baseline", "--dataset", data, "--steps", 1)
+    argv += ["--out", run]
+    before = (run / "metrics.jsonl").read_bytes()
+    assert "exists and is not empty" in refused("grpo_baseline", *argv)
+    line = refused("grpo_baseline", *argv, "--resume", "--lr", 2e-3, "--seed", 1)
+    assert "lr was 0.001 and is 0.002; seed was 0 and is 1\n" in line
+    assert "script was 'grpo_baseline' and is 'sgpo'" in refused("sgpo", *argv, "--resume")
+    with open(run / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another run is writing there" in refused("grpo_baseline", *argv, "--resume")
+    write_jsonl(data, read_jsonl(data)[1:])
+    assert "problems was " in refused("grpo_baseline", *argv, "--resume")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, size", [("__0_0.distcp", 1000), (".metadata", 100), ("step.json", 1)])
+def test_a_damaged_checkpoint_is_named(name, size, train, argv_of, refused):
+    run = train("grpo_baseline", "--steps", 1)
+    file = run / "checkpoints/step_000001" / name
+    file.write_bytes(file.read_bytes()[:size])
+    line = refused("grpo_baseline", *argv_of("grpo_baseline", "--steps", 2, "--resume"), "--out", run)
+    assert f"{file.parent}: cannot be read" in line
+
+
+def test_an_error_in_a_users_reward_keeps_its_traceback(train, tmp_path):
+    (tmp_path / "reward.py").write_text("def broken(text, row):\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        train("grpo_baseline", "--reward", f"{tmp_path}/reward.py:broken")
+
+
+def test_a_reward_must_be_finite(argv_of, tmp_path, refused):
+    (tmp_path / "reward.py").write_text("def infinite(text, row):\n    return float('inf')\n")
+    argv = argv_of("grpo_baseline", "--reward", f"{tmp_path}/reward.py:infinite", "--out", tmp_path / "run")
+    assert "returned inf for the problem with id" in refused("grpo_baseline", *argv)

@@ -1,279 +1,401 @@
-"""An update as a whole: its gradient is the paper's, however it is cut up and whatever is skipped."""
-import html
-import importlib
+"""update() of grpo_baseline.py and sgpo.py against tests/reference.py, and what must not change its gradient."""
+import copy
 import math
-import re
 
+import numpy as np
 import pytest
 import torch
-from torch.nn.functional import log_softmax
+from torch import Tensor
 
 import common
 import grpo_baseline
+import reference
 import sgpo
-from conftest import ROOT, small_model, small_tokenizer
+from conftest import IM_END, small_model
 
-B, G1, G2 = 4, 3, 2
-PLAIN = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [2, 2, 9, 1]]  # prompts of the four problems
-GUIDED = [[70, 71, 72, *prompt] for prompt in PLAIN]
-PROBLEM = [q for G in (G1, G2) for q in range(B) for _ in range(G)]  # of 12 autonomous and 8 guided rows
-LENGTHS = [3, 5, 1, 4, 4, 2, 6, 6, 6, 2, 3, 4] + [4, 2, 3, 5, 1, 6, 3, 4]
-REWARDS = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1] + [1, 1, 1, 0, 1, 1, 0, 0.0])
-COMPLETIONS = torch.randint(10, 250, (20, 6), generator=torch.Generator().manual_seed(0))
 BOTH = pytest.mark.parametrize("script", [grpo_baseline, sgpo])
 
 
-def rollout(script, rows, width: int):
-    ids = torch.nn.functional.pad(COMPLETIONS[rows], (0, width - 6), value=257)
-    mask = torch.arange(width) < torch.tensor(LENGTHS)[rows][:, None]
-    return script.Rollout([PLAIN[PROBLEM[i]] for i in rows], ids, mask, None, None)
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Make the logits of four tokens at a time, so that every update has several chunks."""
+    monkeypatch.setattr(common, "CHUNK_LOGITS", 4 * 272)
 
 
-def update(script, model=None, optimizer=None, rows=None, width=6, rewards=REWARDS, **flags):
-    """One update by these rows -> the gradient of each step, metrics. By default no weight moves."""
-    model, grads = model or small_model().double(), []
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
-    rows = rows or list(range(12 if script is grpo_baseline or flags.get("distill") == "none" else 20))
-    own = {"guided_group_size": G2, "delta": 2.0} if script is sgpo else {}
-    args = script.Args(**{"prompts_per_step": B, "group_size": G1, "max_new_tokens": 6, "max_grad_norm": 1e9,
-                          "microbatch_tokens": 10 ** 6, "bf16": False, **own, **flags})
-    optimizer.register_step_pre_hook(
-        lambda *_: grads.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
-    ro, guidance = rollout(script, rows, width), []
-    advantages = script.group_advantages(rewards[rows[:12]].view(B, G1)).flatten()
+# ---------------------------------------------------------------- an example
+
+def example(order=range(4)) -> list[reference.Problem]:
+    """Return four problems with three autonomous and two guided samples each, of 1 to 6 tokens."""
+    random = np.random.default_rng(3)
+
+    def samples(count: int) -> list[list[int]]:
+        return [random.integers(10, 250, length).tolist() for length in random.integers(1, 7, count)]
+
+    problems = []
+    for prompt, rewards, guided_rewards in (
+        ([5, 6, 7], [1, 0, 0], [1, 1]),
+        ([9, 8, 7, 6, 5, 4, 3], [0, 0, 0], [1, 0]),
+        ([1], [1, 1, 1], [1, 1]),
+        ([2, 2, 9, 1], [0, 1, 1], [0, 0]),
+    ):
+        guided_prompt = [70, 71, 72, *prompt]
+        problems.append(reference.Problem(prompt, samples(3), rewards, guided_prompt, samples(2), guided_rewards))
+    problems[0].completions[0][-1] = IM_END
+    problems[0].guided_completions[0][-1] = IM_END
+    return [problems[q] for q in order]
+
+
+def rollout_of(script, problems: list[reference.Problem], width: int = 6):
+    """Return the problems' samples as a rollout; the ids behind the end are end tokens, as generate has them."""
+    scored_with = [p.prompt for p in problems for _ in p.completions]
+    sampled_from = list(scored_with)
+    completions = [o for p in problems for o in p.completions]
     if script is sgpo:
-        prompts = [(PLAIN if i < 12 else GUIDED)[PROBLEM[i]] for i in rows]
-        guidance = [sgpo.guide(prompts, rewards[rows], [{"strategy": "s"}] * B, args)[0]]
-        advantages = advantages * args.autonomous_grpo
-    metrics = script.update(model, optimizer, ro, advantages, *guidance, args)
-    same = rollout(script, rows, width)
-    assert torch.equal(ro.completions, same.completions) and torch.equal(ro.mask, same.mask)
-    assert not model.training
-    return grads, metrics
+        scored_with += [p.prompt for p in problems for _ in p.guided_completions]
+        sampled_from += [p.guided_prompt for p in problems for _ in p.guided_completions]
+        completions += [g for p in problems for g in p.guided_completions]
+    ids = [o + [IM_END] * (width - len(o)) for o in completions]
+    lengths = torch.tensor([len(o) for o in completions])
+    mask = torch.arange(width) < lengths[:, None]
+    prompts = [scored_with, sampled_from] if script is sgpo else [scored_with]
+    return script.Rollout(*prompts, torch.tensor(ids), mask, None, None)
 
 
-def all_logps(model, prompt, i, T=1.0):
-    """log pi [n, V] at the tokens of a completion, from the full logits of its row alone."""
-    ids = COMPLETIONS[i, :LENGTHS[i]].tolist()
-    return log_softmax(model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1] / T, -1)
+def record_steps(model, optimizer) -> list[tuple]:
+    """Return a list to which every optimizer step adds the model before it and the gradient."""
+    steps = []
+
+    def record(*_) -> None:
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        steps.append((copy.deepcopy(model), gradient))
+
+    optimizer.register_step_pre_hook(record)
+    return steps
 
 
-def reference(script, loss_type="grpo", distill="forward_kl", target="reachable", delta=2.0, alpha_max=0.8,
-              weight="adaptive", autonomous_grpo=True, temperature=1.0):
-    """Gradient and loss of the paper's Eq. 1 to 7 in float64, a problem and a row at a time."""
-    model, loss = small_model().double(), 0.0
-
-    def logps(i):
-        full = all_logps(model, PLAIN[PROBLEM[i]], i, temperature)
-        return full[range(LENGTHS[i]), COMPLETIONS[i, :LENGTHS[i]]]
-
-    for q in range(B):
-        group = REWARDS[q * G1:(q + 1) * G1].double()
-        if group.std() > 0 and autonomous_grpo:
-            for i in range(q * G1, (q + 1) * G1):
-                A = (REWARDS[i] - group.mean()) / (group.std() + 1e-6)
-                N = {"grpo": LENGTHS[i] * B * G1, "dapo": sum(LENGTHS[:12]), "dr_grpo": B * G1 * 6}[loss_type]
-                loss = loss - A * (logps(i) - logps(i).detach()).exp().sum() / N
-        C = [i for i in range(12 + q * G2, 12 + (q + 1) * G2) if REWARDS[i] == 1]
-        if not C or script is grpo_baseline or distill == "none":
-            continue
-        p_auto, p_guided, four = group.mean(), len(C) / G2, torch.cat([group, torch.ones(1)])
-        alpha = {"adaptive": 0.5 * (p_guided - p_auto + 0.1) / (p_auto + 0.1), "fixed": torch.ones(()),
-                 "group_advantage": (1 - four.mean()) / (four.std() + 1e-6)}[weight]
-        alpha = alpha if weight == "fixed" else alpha.clamp(0, alpha_max)
-        if target == "reachable":
-            C = [max(C, key=lambda i: logps(i).sum().item())]
-        for i in C:
-            student = all_logps(model, PLAIN[q], i, temperature)
-            teacher = all_logps(model, GUIDED[q], i, temperature).detach()
-            a, b = (teacher, student) if distill == "forward_kl" else (student, teacher)
-            d = (a.exp() * (a - b)).sum(-1)
-            d = -logps(i) if distill == "sft" else d[d <= delta]
-            loss = loss + alpha / B * d.sum() / LENGTHS[i] / len(C)
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), loss.item()
+def args_of(script, **flags):
+    settings = {"group_size": 3, "max_new_tokens": 6, "max_grad_norm": 1e9, "bf16": False}
+    if script is sgpo:
+        settings |= {"guided_group_size": 2, "delta": 2.0}
+    return script.Args(**{**settings, **flags})
 
 
-def error(ours, exact) -> float:
+def run_update(script, model=None, problems=None, A=None, width=6, optimizer=None, **flags):
+    """Run update(), by default with plain gradient descent; return its steps and its metrics."""
+    model = model or small_model()
+    problems = problems or example()
+    args = args_of(script, **flags)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.05)
+    steps = record_steps(model, optimizer)
+    ro = rollout_of(script, problems, width)
+    rewards = torch.tensor([p.rewards for p in problems], dtype=torch.float)
+    if A is None:
+        A = script.group_advantages(rewards, args.scale_rewards).flatten()
+    if script is grpo_baseline:
+        return steps, script.update(model, optimizer, ro, A, args)
+    guided_rewards = torch.tensor([p.guided_rewards for p in problems])
+    all_rewards = torch.cat([rewards.flatten(), guided_rewards.flatten()])
+    guided_samples = {q: [12 + 2 * q, 13 + 2 * q] for q in range(4)}
+    if args.distill == "none":
+        guided_samples = {}
+    guidance, guided_metrics = sgpo.guide(all_rewards, guided_samples, 4, args)
+    metrics = sgpo.update(model, optimizer, ro, A * args.autonomous_grpo, guidance, args)
+    return steps, metrics | guided_metrics
+
+
+def gradient_of(script, *inputs, **flags) -> Tensor:
+    steps, _ = run_update(script, *inputs, **flags)
+    return steps[0][1]
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """Return the relative error of a gradient."""
     assert exact.abs().max() > 1e-3  # there is something to compare
     return ((ours - exact).norm() / exact.norm()).item()
 
 
-# ---- the gradient
+# ---------------------------------------------------------------- the gradient is the paper's
 
-SETTINGS = [(grpo_baseline, flags) for flags in (
-    {}, dict(loss_type="dapo"), dict(loss_type="dr_grpo"), dict(temperature=0.7))]
-SETTINGS += [(sgpo, flags) for flags in (
-    {}, dict(delta=0.5), dict(delta=math.inf), dict(target="all"), dict(target="all", delta=math.inf),
-    dict(alpha_max=9.0), dict(weight="fixed"), dict(weight="group_advantage", alpha_max=9.0),
-    dict(distill="reverse_kl"), dict(distill="sft"), dict(autonomous_grpo=False), dict(loss_type="dapo"),
-    dict(temperature=0.7))]
+def test_the_references_log_probs_are_those_of_transformers_own_loss():
+    model = small_model().double()
+    prompt, completion = [5, 6, 7], [20, 30, 40]
+    labels = torch.tensor([[-100, -100, -100, 20, 30, 40]])
+    mean_loss = model(torch.tensor([prompt + completion]), labels=labels).loss.item()
+    assert reference.sum_logp(model, prompt, completion, 1.0) == pytest.approx(-3 * mean_loss)
 
 
+GRPO_FLAGS = [
+    {},
+    {"loss_type": "dapo"},
+    {"loss_type": "dr_grpo"},
+    {"temperature": 0.7},
+    {"scale_rewards": "batch"},
+    {"scale_rewards": "none"},
+]
+SGPO_FLAGS = [
+    {},
+    {"loss_type": "dapo"},
+    {"temperature": 0.7},
+    {"delta": 0.5},
+    {"delta": math.inf},
+    {"target": "all"},
+    {"alpha_max": 9.0},
+    {"weight": "fixed"},
+    {"weight": "group_advantage", "alpha_max": 9.0},
+    {"distill": "reverse_kl"},
+    {"distill": "sft"},
+    {"autonomous_grpo": False},
+]
+SETTINGS = [
+    *[(grpo_baseline, flags) for flags in GRPO_FLAGS],
+    *[(sgpo, flags) for flags in SGPO_FLAGS],
+]
+
+
+def check_steps(steps: list[tuple], metrics: dict, method_loss, problems, args, *more) -> None:
+    """Check every step's gradient and the mean of their losses against the reference."""
+    assert len(steps) == metrics["updates"] == args.updates_per_rollout
+    A = reference.advantages(problems, args.scale_rewards)
+    old_model = steps[0][0]
+    size = len(problems) // len(steps)
+    losses = []
+    for k, (model, gradient) in enumerate(steps):
+        part = slice(k * size, (k + 1) * size)
+        loss, exact = reference.loss_and_gradient(
+            method_loss, model, old_model, problems[part], A[part], args, *more)
+        assert error(gradient, exact) < 1e-5
+        losses.append(loss)
+    assert metrics["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("script, flags", SETTINGS)
-def test_gradient_is_the_papers(script, flags):
-    (grad,), metrics = update(script, **flags)
-    exact, loss = reference(script, **flags)
-    assert error(grad, exact) < 1e-6 and metrics["loss"] == pytest.approx(loss, abs=1e-6)
+def test_gradient(script, flags, updates):
+    """The second update is off-policy: its ratios are those to the policy that sampled."""
+    flags = {**flags, "updates_per_rollout": updates}
+    steps, metrics = run_update(script, **flags)
+    method_loss = reference.grpo_loss if script is grpo_baseline else reference.sgpo_loss
+    check_steps(steps, metrics, method_loss, example(), args_of(script, **flags))
 
 
 def test_every_setting_moves_the_gradient():
-    """Else a flag that does nothing would pass above by accident."""
-    grads = [update(script, **flags)[0][0] for script, flags in SETTINGS]
-    for i, grad in enumerate(grads):
-        assert all(error(grad, other) > 1e-4 for other in grads[:i]), SETTINGS[i]
+    """Otherwise the comparison above would prove nothing about its flag."""
+    gradients = []
+    for script, flags in SETTINGS:
+        gradient = gradient_of(script, **flags)
+        assert all(error(gradient, other) > 1e-4 for other in gradients), flags
+        gradients.append(gradient)
 
+
+def test_without_distillation_sgpo_is_grpo_bit_for_bit():
+    grpo = gradient_of(grpo_baseline)
+    problems = example()
+    for problem in problems:
+        problem.guided_rewards = [0, 0]
+    assert torch.equal(gradient_of(sgpo, problems=problems), grpo)
+    assert torch.equal(gradient_of(sgpo, distill="none"), grpo)
+    assert torch.equal(gradient_of(sgpo, weight="fixed", fixed_alpha=0.0), grpo)
+
+
+# ---------------------------------------------------------------- what must not change the gradient
 
 @BOTH
-def test_microbatches_padding_and_order_change_nothing(script):
-    (whole,), metrics = update(script)
-    rows = [q * G + j + at for G, at in ((G1, 0), (G2, 12)) for q in (2, 0, 3, 1) for j in range(G)]
-    rows = rows[:12] if script is grpo_baseline else rows
-    for change in (dict(microbatch_tokens=60), dict(microbatch_tokens=1), dict(width=12), dict(rows=rows),
-                   dict(rows=rows, microbatch_tokens=40)):  # sorting by length mixes the rows
-        assert error(update(script, **change)[0][0], whole) < 1e-6
-    assert update(script, microbatch_tokens=1)[1]["padding_frac"] == 0 < metrics["padding_frac"] < 1
+@pytest.mark.parametrize("change", [
+    {"microbatch_tokens": 60},
+    {"microbatch_tokens": 1},
+    {"width": 12},
+    {"problems": example([3, 2, 0, 1]), "microbatch_tokens": 40},
+])
+def test_microbatches_padding_and_order_change_nothing(script, change):
+    assert error(gradient_of(script, **change), gradient_of(script)) < 1e-5
 
 
 def test_activation_checkpointing_changes_nothing(model_dirs):
-    grads, passes = [], []
-    for on in (False, True):
-        args = sgpo.Args(model=str(model_dirs["qwen2"]), activation_checkpointing=on)
-        model = common.load_policy(args).cpu().double()
-        model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(on))
-        grads += update(sgpo, model)[0]
-    assert torch.equal(*grads) and passes.count(True) > passes.count(False)  # the second time in backward
+    gradients = []
+    passes = {False: 0, True: 0}
+    for on in passes:
+        def count(*_, on=on) -> None:
+            passes[on] += 1
+
+        args = args_of(sgpo, model=str(model_dirs["qwen2"]), activation_checkpointing=on)
+        model = common.load_policy(args)
+        model.base_model.layers[0].mlp.register_forward_pre_hook(count)
+        gradients.append(gradient_of(sgpo, model))
+    assert torch.equal(*gradients)
+    assert passes[True] > passes[False]  # a layer runs again in the backward pass
 
 
-def test_without_distillation_sgpo_is_grpo():
-    (grad,), _ = update(grpo_baseline)
-    silent = torch.cat([REWARDS[:12], torch.zeros(8)])  # no guided sample is right
-    for flags in (dict(rewards=silent), dict(distill="none"), dict(weight="fixed", fixed_alpha=0.0)):
-        assert torch.equal(update(sgpo, **flags)[0][0], grad)
+@pytest.mark.parametrize("script, expected", [
+    (grpo_baseline, [[0, 1, 2, 9, 10, 11]]),
+    (sgpo, [[0, 1, 2, 9, 10, 11], [12, 13, 16, 17]]),  # candidates only if a problem has several
+])
+def test_samples_without_a_gradient_are_skipped(script, expected, monkeypatch):
+    """Problems 1 and 2 have equal rewards. They count in the normalizer, as the reference shows."""
+    scored = []
+    original = script.token_logps
 
+    def token_logps(model, ro, idx, args):
+        scored.append(sorted(idx))
+        return original(model, ro, idx, args)
 
-# ---- passes, steps and metrics
-
-@pytest.mark.parametrize("script, rows_of_passes", [
-    (grpo_baseline, [6]),  # problems 1 and 2 have one reward each: their rows only count
-    # two candidates each of problems 0 and 2 (1 has one, 3 none); then three targets, on both sides
-    (sgpo, [6, 4, 3, 3])])
-def test_only_what_moves_the_gradient_is_scored(script, rows_of_passes):
-    model, seen = small_model(), []
-    model.base_model.register_forward_pre_hook(
-        lambda module, args, named: seen.append(len(named["input_ids"])), with_kwargs=True)
-    update(script, model)
-    assert seen == rows_of_passes
+    monkeypatch.setattr(script, "token_logps", token_logps)
+    run_update(script)
+    assert scored == expected
 
 
 @BOTH
-def test_without_any_signal_the_optimizer_is_left_alone(script):
-    flags = dict(weight="group_advantage") if script is sgpo else {}
-    grads, metrics = update(script, rewards=torch.ones(20), updates_per_rollout=2, **flags)
-    assert grads == [] and metrics["updates"] == metrics["grad_norm"] == metrics["loss"] == 0
+def test_without_any_signal_the_optimizer_does_not_step(script):
+    problems = example()
+    for problem in problems:
+        problem.rewards = [0, 0, 0]
+        problem.guided_rewards = [0, 0]
+    steps, metrics = run_update(script, problems=problems, updates_per_rollout=2)
+    assert steps == []
+    assert metrics["updates"] == metrics["loss"] == metrics["grad_norm"] == 0
 
 
-@pytest.mark.parametrize("bf16", [False, True])
 @BOTH
-def test_several_updates_are_off_policy_after_the_first(script, bf16, monkeypatch):
-    ratios, told, true_loss = [], [], script.policy_loss
-
-    def spy(logps, old, A, mask, *clip):
-        ratios.append((logps - old).exp()[mask].detach())
-        told.append(A.item())
-        return true_loss(logps, old, A, mask, *clip)
-
-    monkeypatch.setattr(script, "policy_loss", spy)
-    model, A = small_model(), script.group_advantages(REWARDS[:12].view(B, G1))
-    _, metrics = update(script, model, torch.optim.SGD(model.parameters(), lr=0.05), updates_per_rollout=2,
-                        temperature=0.7, bf16=bf16, microbatch_tokens=1)  # a row at a time
-    assert metrics["updates"] == 2 and (torch.cat(ratios[:3]) - 1).abs().max() < 1e-5
-    assert sorted(told[:3]) == sorted(A[0].tolist()) and sorted(told[3:]) == sorted(A[3].tolist())
-    clipped = sum((rho > 1.28 if A > 0 else rho < 0.8).sum().item() for rho, A in zip(ratios, told))
-    assert 0 < metrics["clip_ratio"] == pytest.approx(clipped / sum(map(len, ratios)))
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(script):
+    A = torch.tensor([math.nan] * 6 + [1.0, 0.0, -1.0] * 2)  # in the first of two updates
+    steps, metrics = run_update(script, A=A, updates_per_rollout=2)
+    (model, gradient), = steps
+    assert metrics["skipped_updates"] == metrics["updates"] == 1
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    for before, now in zip(small_model().parameters(), model.parameters()):
+        assert torch.equal(before, now)
 
 
-@pytest.mark.parametrize("script, loss_type", [
-    (grpo_baseline, "grpo"), (grpo_baseline, "dapo"), (sgpo, "grpo")])
-def test_an_update_has_the_normaliser_of_its_own_share(script, loss_type):
-    (whole,), _ = update(script, loss_type=loss_type)
-    first, second = update(script, loss_type=loss_type, updates_per_rollout=2)[0]  # both are on-policy
-    share = sum(LENGTHS[:6]) / sum(LENGTHS[:12]) if loss_type == "dapo" else 0.5
-    assert error(share * first + (1 - share) * second, whole) < 1e-6
+# ---------------------------------------------------------------- log-probs
+
+def test_log_probs_of_a_batch_equal_those_of_full_logits_of_a_sample_alone():
+    model = small_model()
+    ro = rollout_of(grpo_baseline, example())
+    args = args_of(grpo_baseline, temperature=0.7)
+    logps, entropy = grpo_baseline.token_logps(model, ro, list(range(12)), args)
+    for i, mask in enumerate(ro.mask):
+        ids = ro.completions[i, mask]
+        exact = reference.log_probs(model, ro.prompts[i], ids.tolist(), 0.7).float()
+        chosen = exact.gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logps[i, mask], chosen, atol=1e-5, rtol=0)
+        torch.testing.assert_close(entropy[i, mask], -(exact.exp() * exact).sum(1), atol=1e-5, rtol=0)
+    assert not logps[~ro.mask].any()
+    assert not entropy[~ro.mask].any()
 
 
-def test_metrics_by_hand():
-    (grad,), metrics = update(grpo_baseline, microbatch_tokens=30)
-    model = small_model().double()
-    live = [all_logps(model, PLAIN[PROBLEM[i]], i) for i in (0, 1, 2, 9, 10, 11)]
-    entropy = torch.cat([-(p.exp() * p).sum(-1) for p in live]).mean().item()
-    assert metrics["entropy"] == pytest.approx(entropy, abs=1e-5) and metrics["clip_ratio"] == 0
-    assert metrics["grad_norm"] == pytest.approx(grad.norm().item()) and metrics["updates"] == 1
-    (clipped,), metrics = update(grpo_baseline, max_grad_norm=0.01)
-    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert metrics["grad_norm"] == pytest.approx(grad.norm().item())  # before clipping
+def test_the_end_token_is_trained_although_it_is_the_padding():
+    model = small_model("llama", tie_word_embeddings=False)
+    prompt = [5, 6]
+    problem = reference.Problem(prompt, [[IM_END], [IM_END], [IM_END]], [1, 0, 0])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    steps = record_steps(model, optimizer)
+    ro = rollout_of(grpo_baseline, [problem])
+    grpo_baseline.update(model, optimizer, ro, torch.tensor([3.0, 0, 0]), args_of(grpo_baseline))
+    hidden = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+    p_end = model.lm_head(hidden).softmax(-1)[IM_END]
+    gradient_of_head = steps[0][1][-272 * 32:].view(272, 32)
+    torch.testing.assert_close(gradient_of_head[IM_END], -(1 - p_end) * hidden)
 
 
-def test_kl_metrics_by_hand():
-    _, metrics = update(sgpo, target="all", delta=1.0, weight="fixed")
-    model, d = small_model().double(), []
-    for i in (12, 13, 14, 16, 17):
-        t, s = all_logps(model, GUIDED[PROBLEM[i]], i), all_logps(model, PLAIN[PROBLEM[i]], i)
-        d += (t.exp() * (t - s)).sum(-1).tolist()
-    assert metrics["sgpo/kl"] == pytest.approx(sum(d) / len(d), abs=1e-6)
-    assert metrics["sgpo/kl_clipped_frac"] == pytest.approx(sum(x > 1.0 for x in d) / len(d))
+# ---------------------------------------------------------------- metrics by hand
+
+def test_metrics_of_grpo():
+    steps, metrics = run_update(grpo_baseline, microbatch_tokens=30)
+    model, gradient = steps[0]
+    entropies = []
+    lengths = []
+    for problem in example([0, 3]):
+        for completion in problem.completions:
+            logps = reference.log_probs(model, problem.prompt, completion, 1.0)
+            entropies += (-(logps.exp() * logps).sum(1)).tolist()
+            lengths.append(len(problem.prompt + completion))
+    assert metrics["entropy"] == pytest.approx(np.mean(entropies), abs=1e-5)
+    assert metrics["clip_ratio"] == 0
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-5)
+    assert sorted(lengths) == [4, 5, 6, 7, 8, 8]  # micro-batches of 8, 8, 7 and of 6, 5, 4
+    assert metrics["padding_frac"] == pytest.approx(1 - 38 / (3 * 8 + 3 * 6))
 
 
-# ---- precision
+def test_the_gradient_is_clipped_and_its_norm_is_that_before():
+    steps, metrics = run_update(grpo_baseline, max_grad_norm=0.01)
+    assert steps[0][1].norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert metrics["grad_norm"] == pytest.approx(gradient_of(grpo_baseline).norm().item(), rel=1e-5)
+
+
+def test_clip_ratio():
+    steps, metrics = run_update(grpo_baseline, updates_per_rollout=2)
+    old_model, model = steps[0][0], steps[1][0]
+    num_clipped = 0
+    num_tokens = sum(len(o) for o in example()[0].completions)
+    problem = example()[3]
+    for completion, reward in zip(problem.completions, problem.rewards):
+        new = reference.log_probs(model, problem.prompt, completion, 1.0)
+        old = reference.log_probs(old_model, problem.prompt, completion, 1.0)
+        for t, a in enumerate(completion):
+            rho = (new[t, a] - old[t, a]).exp().item()
+            num_clipped += rho > 1.28 if reward else rho < 0.8
+            num_tokens += 1
+    assert num_clipped > 0
+    assert metrics["clip_ratio"] == pytest.approx(num_clipped / num_tokens)
+
+
+def test_metrics_of_sgpo():
+    steps, metrics = run_update(sgpo, target="all", delta=1.0)
+    model = steps[0][0]
+    d = []
+    for problem in example([0, 1, 2]):
+        for completion, reward in zip(problem.guided_completions, problem.guided_rewards):
+            if reward:
+                guided = reference.log_probs(model, problem.guided_prompt, completion, 1.0)
+                unguided = reference.log_probs(model, problem.prompt, completion, 1.0)
+                d += (guided.exp() * (guided - unguided)).sum(1).tolist()
+    # Problem 2 keeps 0.5 (1 - 1 + 0.1) / (1 + 0.1); problems 0 and 1 reach alpha_max; 3 has no target.
+    assert metrics["sgpo/alpha"] == pytest.approx((0.8 + 0.8 + 0.05 / 1.1 + 0) / 4)
+    assert metrics["sgpo/p_auto"] == pytest.approx((1 / 3 + 0 + 1 + 2 / 3) / 4)
+    assert metrics["sgpo/p_guided"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
+    assert metrics["sgpo/no_target_frac"] == 0.25
+    assert metrics["sgpo/kl"] == pytest.approx(np.mean(d), abs=1e-5)
+    assert metrics["sgpo/kl_clipped_frac"] == pytest.approx(np.mean(np.array(d) > 1.0))
+
+
+# ---------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("script, flags", [(grpo_baseline, {}), (sgpo, {"delta": math.inf})])
+def test_bf16_is_close_to_fp32_and_weights_stay_fp32(script, flags):
+    exact = gradient_of(script, small_model(initializer_range=0.1), **flags)
+    model = small_model(initializer_range=0.1)
+    gradient = gradient_of(script, model, bf16=True, **flags)
+    assert 1e-3 < error(gradient, exact) < 3e-2
+    assert model.dtype == gradient.dtype == torch.float32
+
 
 def test_weights_move_at_the_papers_learning_rate(model_dirs):
-    model = common.load_policy(sgpo.Args(model=str(model_dirs["qwen2"]))).cpu()
-    weights = [p for name, p in model.named_parameters() if "mlp" in name]
-    before = [p.detach().clone() for p in weights]
-    update(sgpo, model, torch.optim.AdamW(model.parameters(), lr=1e-6), bf16=True)
-    assert min((p != b).float().mean() for p, b in zip(weights, before)) > 0.95
+    """In bf16 the weights would round nearly all of the updates away."""
+    model = common.load_policy(args_of(sgpo, model=str(model_dirs["qwen2"]), bf16=True))
+    weight = model.base_model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    run_update(sgpo, model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-6), bf16=True)
+    assert (weight != before).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("script, flags", [(grpo_baseline, {})] + [
-    (sgpo, dict(delta=math.inf, distill=kind)) for kind in ("forward_kl", "reverse_kl", "sft")])
-def test_bf16_is_close_to_fp32(script, flags, monkeypatch):
-    seen = set()
-    for module, name in ((common, "log_prob_and_entropy"), (sgpo, "forward_kl"), (sgpo, "reverse_kl")):
-        monkeypatch.setattr(module, name, lambda *xs, true=getattr(module, name): seen.update(
-            (x.dtype, bool((x == x.bfloat16()).all())) for x in xs if x.is_floating_point()) or true(*xs))
-    model = small_model(initializer_range=0.1)
-    (exact,), _ = update(script, model, **flags)
-    seen.clear()
-    (grad,), metrics = update(script, model, bf16=True, **flags)
-    assert 1e-3 < error(grad, exact) < 3e-2 and all(map(math.isfinite, metrics.values()))
-    assert seen == {(torch.float32, True)}  # the loss is given fp32 logits, which came out of bf16
-    assert {p.dtype for p in model.parameters()} == {grad.dtype} == {torch.float32}
+def test_the_head_gives_fp32_logits_from_bf16_inputs():
+    model = small_model("llama", tie_word_embeddings=False)
+    hidden = torch.linspace(-1, 1, 32)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = common.Fp32Head(model)(hidden)
+    exact = hidden.bfloat16().double() @ model.lm_head.weight.bfloat16().double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, atol=1e-5, rtol=0)
 
 
-def test_the_heads_gradient_is_added_up_in_fp32_under_bf16(monkeypatch):
-    monkeypatch.setattr(common, "CHUNK", 272)  # a token at a time: a sum in bf16 would soon stop growing
-    grads = []
-    for M in (1, 1000):
-        model, hidden, ids = small_model(), torch.linspace(-1, 1, 32).repeat(M, 1), torch.full((M,), 7)
+def test_the_heads_gradient_is_added_up_in_fp32_under_bf16():
+    """Chunk by chunk: a sum in bf16 would soon stop growing."""
+    gradients = []
+    for num_chunks in (1, 500):
+        model = small_model("llama", tie_word_embeddings=False)
+        head = common.Fp32Head(model)
+        hidden = torch.linspace(-1, 1, 32)[None]
         with torch.autocast("cpu", torch.bfloat16):
-            logps, _ = common.over_vocabulary(common.log_prob_and_entropy, model, [hidden], [ids])
-        logps.sum().backward()
-        grads.append(model.lm_head.weight.grad / M)
-    assert grads[0].dtype == torch.float32 and error(grads[1], grads[0]) < 1e-5
-
-
-def test_show_tokens_escapes_and_shows_the_loss(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tests" / "bench")
-    show = importlib.import_module("show_tokens")
-    evil = '<script>"&\''
-    model, tokenizer = small_model(), small_tokenizer()
-    plain, guided, ids = ([tokenizer(text).input_ids for text in ("q", "hint q", evil)])
-    target = show.look(model, tokenizer, evil, plain, guided, ids, 0.7)
-    told, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)
-    hidden = [common.completion_hidden(model, [prompt], told, mask) for prompt in (guided, plain)]
-    d = sgpo.forward_kl(*(model.lm_head(h).float() / 0.7 for h in hidden))
-    assert torch.allclose(torch.tensor(target.d), d, atol=1e-5) and d.max() > 1e-3
-    text = show.page([target], delta=2.5)
-    assert "<script>" not in text and text.count("<span") == len(ids)
-    assert 0 < text.count("class=out") == (d > 2.5).sum() < len(ids) and f"d = {d[0]:.4f}" in text
-    assert [html.unescape(part) for part in re.findall('">([^<]*)</span>', text)] == list(evil)
+            loss = sum(head(hidden).square().mean() for _ in range(num_chunks))
+        loss.backward()
+        gradients.append(model.lm_head.weight.grad / num_chunks)
+    assert error(gradients[1], gradients[0]) < 1e-5
