@@ -822,12 +822,12 @@ def judge(answer: str | None, problem: dict, tokenizer, args: Args) -> dict:
 
 # Words behind which a strategy states a value: "the answer is exactly 4", "this leaves 4", "x = 4".
 ANNOUNCEMENT = re.compile(
-    r"\b(?:answers?|results?|is|are|equals?|becomes?|leav(?:es?|ing)|gets?|gives?|yields?|obtains?|finds?|"
-    r"remains?|boxed)(?: (?:exactly|only|just|be|to be|the|value))*[ :(]*$|= *$", re.IGNORECASE)
+    r"\b(?:answers?|results?|is|are|be|equals?|becomes?|leav(?:es?|ing)|gets?|gives?|yields?|obtains?|finds?|"
+    r"remains?|boxed)(?: (?:exactly|only|just|be|to|the|value))*[ :(]*$|= *$", re.IGNORECASE)
 # What a lone digit may number or count without giving anything away: "Step 4:", "4. Check", "2 parts", "mod 7".
 NUMBERED = re.compile(
     r"(?:^|\n|\b(?:steps?|parts?|cases?|mod(?:ulo)?|base|by|into|in|of|power|and|degree)) *$", re.IGNORECASE)
-COUNTED = re.compile(r" *(?:steps?|parts?|cases?|times|sides|equations?|variables?)\b", re.IGNORECASE)
+COUNTED = re.compile(r" *(?:[a-z]+ )?(?:steps?|parts?|cases?|times|sides|equations?|variables?)\b", re.IGNORECASE)
 
 
 def plain_text(text: str) -> str:

@@ -1,15 +1,10 @@
-"""Curves of finished runs, with their spread over seeds: one picture, readable on a light and a dark page.
+"""Draw curves of finished runs with their spread over seeds, readable on a light and on a dark page.
 
     python tests/bench/plot.py runs/a runs/b --keys reward sgpo/alpha --out curves.png
     python tests/bench/plot.py ablations.jsonl --only tgpo "tgpo --guidance rkl" --keys tgpo/mismatch
+    python tests/bench/plot.py ablations.jsonl --readme            # the two pictures of the README
 
-RUN is a run directory, or a file of ablations.py; runs that differ by their seed alone become one curve. The
-pictures of the README:
-
-    python tests/bench/plot.py ablations.jsonl --only grpo_baseline hpt luffy sgpo \\
-        --keys reward sgpo/alpha sgpo/p_auto --out tests/bench/sgpo.png
-    python tests/bench/plot.py ablations.jsonl --only tgpo "tgpo --guidance "{rkl,none,reverse-kl} \\
-        --keys reward tgpo/mismatch tgpo/reverse_kl_k1 --out tests/bench/tgpo.png
+A RUN is a run directory, or a file of ablations.py, in which all seeds of a row become one curve.
 """
 import argparse
 import json
@@ -22,62 +17,81 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+HERE = Path(__file__).parent
+README = [  # picture, rows, metrics
+    ("sgpo.png", ["grpo_baseline", "hpt", "luffy", "sgpo"], ["reward", "sgpo/alpha", "sgpo/p_auto"]),
+    ("tgpo.png", ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance reverse-kl"],
+     ["reward", "tgpo/mismatch", "tgpo/reverse_kl_k1"]),
+]
+SMOOTH = 5        # steps of the running mean
 GREY = "#808080"  # of all lines and letters: it can be read on white and on black
 COLOURS = ["#e0602c", "#3a86d8", "#2ca05a", "#b05cc6", "#c79a1e", "#17a2a8", "#d6478f", "#7a7a7a"]
 
 
-def load(places: list[str]) -> dict[str, list[list[dict]]]:
-    """name -> the metrics of each seed."""
-    found = defaultdict(list)
-    for place in map(Path, places):
-        if place.is_file():
-            for line in map(json.loads, place.read_text().splitlines()):
-                found[line["run"]].append(line["metrics"])
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(paths: list[Path]) -> dict[str, list[list[dict]]]:
+    """Return name -> the metrics of each seed."""
+    runs = defaultdict(list)
+    for path in paths:
+        if path.is_dir():
+            runs[path.name].append(read_jsonl(path / "metrics.jsonl"))
             continue
-        config = json.loads((place / "config.json").read_text())
-        flags = {k: v for k, v in config["flags"].items() if k in ("guidance", "distill", "delta", "teacher")}
-        metrics = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-        found[" ".join([config["script"], *(f"{k}={v}" for k, v in flags.items())])].append(metrics)
-    return found
+        for line in read_jsonl(path):
+            runs[line["run"]].append(line["metrics"])
+    return runs
 
 
-def curve(runs: list[list[dict]], key: str, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Steps, mean and standard deviation over seeds of a running mean over `width` steps."""
-    each = [{row["step"]: row[key] for row in metrics if key in row} for metrics in runs]
-    steps = sorted(set.intersection(*map(set, each)))
+def curve(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Return steps, mean and standard deviation over seeds of a metric's running mean; None without values."""
+    by_seed = [{row["step"]: row[key] for row in metrics if key in row} for metrics in runs]
+    steps = sorted(set.intersection(*map(set, by_seed)))
     if not steps:
         return None
-    width = min(width, len(steps))
-    values = np.array([[one[step] for step in steps] for one in each], float)
-    values = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
-    return np.array(steps[width - 1:]), values.mean(0), values.std(0)
+    width = min(SMOOTH, len(steps))
+    values = np.array([[seed[step] for step in steps] for seed in by_seed], float)
+    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
+    return np.array(steps[width - 1:]), smooth.mean(0), smooth.std(0)
+
+
+def draw(runs: dict[str, list[list[dict]]], names: list[str], keys: list[str], out: Path) -> None:
+    """Draw one panel per metric and save the picture."""
+    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plt.rcParams.update(dict.fromkeys(coloured, GREY) | {"font.size": 9})
+    size = (4 * len(keys), 3.3)
+    figure, panels = plt.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
+    for panel, key in zip(panels[0], keys):
+        for i, name in enumerate(names):
+            points = curve(runs[name], key)
+            if points is None:
+                continue
+            steps, mean, spread = points
+            colour = COLOURS[i % len(COLOURS)]
+            panel.plot(steps, mean, color=colour, label=name)
+            panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        panel.set(title=key, xlabel="step")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color=GREY, alpha=0.2)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=min(4, len(names)))
+    figure.savefig(out, dpi=110, transparent=True)
+    print(out)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
-    parser.add_argument("--only", nargs="+", help="of a file of ablations.py, these rows")
-    parser.add_argument("--keys", nargs="+", default=["reward"], help="metrics, a panel each")
-    parser.add_argument("--smooth", type=int, default=5, help="steps of the running mean")
-    parser.add_argument("--out", default="curves.png")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--only", nargs="+", help="rows of a file of ablations.py (default: all)")
+    parser.add_argument("--keys", nargs="+", default=["reward"], help="metrics, one panel each")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    parser.add_argument("--readme", action="store_true", help="draw sgpo.png and tgpo.png beside this file")
     args = parser.parse_args()
-    found = load(args.runs)
-    plt.rcParams.update({name: GREY for name in (
-        "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")} | {"font.size": 9})
-    figure, panels = plt.subplots(1, len(args.keys), figsize=(4 * len(args.keys), 3.3),
-                                  squeeze=False, layout="constrained")
-    for panel, key in zip(panels[0], args.keys):
-        for colour, name in zip(COLOURS * 9, args.only or found):
-            line = curve(found[name], key, args.smooth)
-            if line is not None:
-                steps, mean, spread = line
-                panel.plot(steps, mean, color=colour, label=name)
-                panel.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-        panel.set(title=key, xlabel="step")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(color=GREY, alpha=0.2)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", frameon=False,
-                  ncols=min(4, len(args.only or found)))
-    figure.savefig(args.out, dpi=110, transparent=True)
-    print(args.out)
+    loaded = load(args.runs)
+    if args.readme:
+        for picture, names, keys in README:
+            draw(loaded, names, keys, HERE / picture)
+    else:
+        draw(loaded, args.only or list(loaded), args.keys, args.out)

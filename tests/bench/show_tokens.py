@@ -1,10 +1,10 @@
-"""What SGPO distils, as a page: targets of a run, each token shaded by d_t of Eq. 3 (the paper's Figure 5).
+"""Show what SGPO distils: a page with targets of a run, each token shaded by d_t of Eq. 3 (the paper's Fig. 5).
 
-    python tests/bench/show_tokens.py runs/sgpo --n 8 --model demo        # before training: the run's start
-    python tests/bench/show_tokens.py runs/sgpo --n 8                     # after it: what is left
+    python tests/bench/show_tokens.py runs/sgpo --model demo     # before training: the run's first model
+    python tests/bench/show_tokens.py runs/sgpo                  # after training: what is left
 
-Tokens above delta, which Eq. 5 leaves out, are framed. Hovering shows the five likeliest tokens with and
-without the strategy.
+Tokens above delta, which Eq. 5 leaves out, are framed. Hovering shows the likeliest tokens with and without
+the strategy.
 """
 import argparse
 import html
@@ -19,49 +19,66 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import sgpo  # noqa: E402
 
-
-@dataclass
-class Target:
-    title: str
-    tokens: list[str]
-    d: list[float]      # nats, one per token
-    likely: list[str]   # what hovering shows, one per token
-
-
-@torch.no_grad()
-def look(model, tokenizer, title: str, plain: list[int], guided: list[int], ids: list[int],
-         temperature: float) -> Target:
-    """d_t of a completion `ids` after the prompt without and with the strategy, and the likeliest tokens."""
-    logits = [model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].float() / temperature
-              for prompt in (guided, plain)]
-    best = []
-    for name, z in zip(("with", "without"), logits):
-        p, top = z.softmax(-1).topk(5)
-        best.append([])
-        for values, ids_of_five in zip(p.tolist(), top.tolist()):
-            five = [f"{x:.3f} {tokenizer.decode(i)!r}" for x, i in zip(values, ids_of_five)]
-            best[-1].append("\n".join([f"{name} the strategy:", *five]))
-    return Target(title, [tokenizer.decode(i) for i in ids], sgpo.forward_kl(*logits).tolist(),
-                  ["\n".join(both) for both in zip(*best)])
-
-
 HEAD = """<!doctype html><meta charset=utf-8><title>SGPO: what is distilled</title>
 <style>body {max-width: 60em; margin: 2em auto; font: 16px/1.8 monospace; background: #fff; color: #222}
 pre {white-space: pre-wrap} .out {outline: 2px solid #36c}</style>
 """
 
 
+@dataclass
+class Target:
+    title: str
+    tokens: list[str]
+    d: list[float]      # nats, one per token
+    hover: list[str]    # what hovering shows, one per token
+
+
+@torch.no_grad()
+def read_target(model, tokenizer, problem: dict, text: str, args: sgpo.Args) -> Target:
+    """Return d_t of a completion and the likeliest tokens with and without the strategy."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    logits = {}
+    for name, strategy in (("with", problem["strategy"]), ("without", None)):
+        prompt = common.build_prompt(tokenizer, problem["problem"], args.system_prompt, strategy)
+        all_logits = model(torch.tensor([prompt + ids])).logits[0].float() / args.temperature
+        logits[name] = all_logits[len(prompt) - 1:-1]                      # [T, V]
+    hover = [""] * len(ids)
+    for name, values in logits.items():
+        top = values.softmax(-1).topk(5)
+        for t in range(len(ids)):
+            hover[t] += f"\n{name} the strategy:"
+            for p, i in zip(top.values[t].tolist(), top.indices[t].tolist()):
+                hover[t] += f"\n{p:.3f} {tokenizer.decode(i)!r}"
+    title = f"{problem['problem']} ({problem['strategy']})"
+    d = sgpo.forward_kl(logits["with"], logits["without"]).tolist()
+    return Target(title, [tokenizer.decode(i) for i in ids], d, hover)
+
+
+def find_targets(run: Path, args: sgpo.Args, tokenizer, count: int) -> list[tuple[dict, str]]:
+    """Return problems with a strategy and a correct guided completion of each, the last ones of the run."""
+    problems, _ = common.load_sources(args)
+    sgpo.attach_strategies(problems, [], Path(args.strategies or run / "strategies.jsonl"), tokenizer, args)
+    by_id = {problem["id"]: problem for problem in problems if "strategy" in problem}
+    found = {}
+    samples = [sample for _, sample in common.read_jsonl(run / "samples.jsonl")]
+    for sample in reversed(samples):
+        is_target = sample.get("guided") and sample["reward"] >= 0.5 and sample["id"] in by_id
+        if is_target and len(found) < count:
+            found.setdefault(sample["id"], sample["completion"])
+    return [(by_id[i], text) for i, text in found.items()]
+
+
 def page(targets: list[Target], delta: float) -> str:
-    """A self-contained page; all text in it is escaped."""
+    """Return a self-contained page; all text in it is escaped."""
     parts = [HEAD, "<p>Darker: a larger KL from the guided to the unguided distribution. "
-             f"Framed: above delta = {delta:g}, left out of the loss. Hover for the likeliest tokens."]
+                   f"Framed: above delta = {delta:g}, left out of the loss. Hover for the likeliest tokens."]
     for target in targets:
         parts.append(f"<h3>{html.escape(target.title)}</h3><pre>")
-        for token, d, likely in zip(target.tokens, target.d, target.likely, strict=True):
-            out, shade = " class=out" if d > delta else "", min(d / 2, 1)
-            hover, token = html.escape(f"d = {d:.4f}\n{likely}"), html.escape(token)
-            look = f'style="background: rgba(224, 96, 44, {shade:.3f})" title="{hover}"'
-            parts.append(f"<span{out} {look}>{token}</span>")
+        for token, d, likely in zip(target.tokens, target.d, target.hover, strict=True):
+            framed = " class=out" if d > delta else ""
+            shade = f"rgba(224, 96, 44, {min(d / 2, 1):.3f})"
+            hover = html.escape(f"d = {d:.4f}{likely}")
+            parts.append(f'<span{framed} style="background: {shade}" title="{hover}">{html.escape(token)}</span>')
         parts.append("</pre>")
     return "".join(parts) + "\n"
 
@@ -70,28 +87,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--n", type=int, default=8, help="targets, of as many problems; the last ones")
-    parser.add_argument("--model", help="whose distributions (default: the run's own, after training)")
-    parser.add_argument("--out", default="tokens.html")
+    parser.add_argument("--n", type=int, default=8, help="targets, each of another problem")
+    parser.add_argument("--model", help="whose distributions (default: the run's own model, after training)")
+    parser.add_argument("--out", type=Path, default=Path("tokens.html"))
     options = parser.parse_args()
-    args = sgpo.Args(**json.loads((options.run / "config.json").read_text())["flags"])
+    flags = json.loads((options.run / "config.json").read_text())["flags"]
+    args = sgpo.Args(**flags)
     name = options.model or str(options.run / "model")
     tokenizer = common.load_tokenizer(name)
     model = common.load_model(name, "--model", torch.float32, "cpu")
-    train, _ = common.load_problems(args, tokenizer)
-    path = Path(args.strategies or options.run / "strategies.jsonl")
-    sgpo.adopt_strategies(train, [], path, sgpo.guided_prompt_fits(tokenizer, args), args)
-    rows, found = {row["id"]: row for row in train}, {}
-    for _, sample in reversed(list(common.read_jsonl(options.run / "samples.jsonl"))):
-        row = rows.get(sample["id"], {})
-        if len(found) < options.n and sample.get("guided") and sample["reward"] >= 0.5 and "strategy" in row:
-            found.setdefault(row["id"], (row, sample["completion"]))
-    targets = []
-    for row, text in found.values():
-        prompts = [common.build_prompt(tokenizer, row["problem"], args.system_prompt, strategy)
-                   for strategy in (None, row["strategy"])]
-        ids = tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        title = f"{row['problem']} ({row['strategy']})"
-        targets.append(look(model, tokenizer, title, *prompts, ids, args.temperature))
-    Path(options.out).write_text(page(targets, args.delta))
+    targets = [read_target(model, tokenizer, problem, text, args)
+               for problem, text in find_targets(options.run, args, tokenizer, options.n)]
+    options.out.write_text(page(targets, args.delta))
     print(f"{len(targets)} targets: {options.out}")
