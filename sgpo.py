@@ -529,7 +529,7 @@ def add_guided_samples(problems: list[dict], samples: list[dict], prompts: list[
 
 
 def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
-    """Return the metrics of a step's samples, whose rewards are `groups` [B, G]; guided samples do not count."""
+    """Return the metrics of a step's samples, whose rewards are `groups` [B, G], without guided samples."""
     num_auto = groups.numel() // world_size()  # they come first
     mask, truncated = ro.mask[:num_auto], ro.truncated[:num_auto]
     num_tokens, num_truncated = sum_over_processes(mask.sum(), truncated.sum())
@@ -824,14 +824,15 @@ def judge(answer: str | None, problem: dict, tokenizer, args: Args) -> dict:
 ANNOUNCEMENT = re.compile(
     r"\b(?:answers?|results?|is|are|be|equals?|becomes?|leav(?:es?|ing)|gets?|gives?|yields?|obtains?|finds?|"
     r"remains?|boxed)(?: (?:exactly|only|just|be|to|the|value))*[ :(]*$|= *$", re.IGNORECASE)
-# What a lone digit may number or count without giving anything away: "Step 4:", "4. Check", "2 parts", "mod 7".
+# What a digit may number or count without giving anything away: "Step 4:", "4. Check", "2 parts", "mod 7".
 NUMBERED = re.compile(
     r"(?:^|\n|\b(?:steps?|parts?|cases?|mod(?:ulo)?|base|by|into|in|of|power|and|degree)) *$", re.IGNORECASE)
-COUNTED = re.compile(r" *(?:[a-z]+ )?(?:steps?|parts?|cases?|times|sides|equations?|variables?)\b", re.IGNORECASE)
+COUNTED = re.compile(
+    r" *(?:[a-z]+ )?(?:steps?|parts?|cases?|times|sides|equations?|variables?)\b", re.IGNORECASE)
 
 
 def plain_text(text: str) -> str:
-    r"""Return a text without LaTeX's markup, so that `$\frac{3}{4}$` and 3/4, 42{,}000 and 42000 are equal."""
+    r"""Return a text without LaTeX's markup: `$\frac{3}{4}$` becomes 3/4, 42{,}000 becomes 42000."""
     text = re.sub(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"(?<=[0-9])(?:,|\{,\}|,\\!|\\,)(?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"\\boxed", " boxed ", text)
@@ -910,8 +911,8 @@ def parse_scores(answer: str, n: int) -> list[float | None]:
 def endpoint(args: Args) -> Ask:
     """Return a function that asks the model behind an OpenAI-compatible address.
 
-    The openai package retries by itself. A prompt without an answer costs only itself; if a whole batch gets
-    none, the program ends with the last error.
+    The openai package retries by itself. A prompt without an answer costs only its candidate. If no prompt of
+    a batch gets an answer, the program ends with the last error.
     """
     import openai
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
@@ -936,7 +937,7 @@ def endpoint(args: Args) -> Ask:
     def ask(prompts: list[str], temperature: float) -> list[str | None]:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             answers = list(pool.map(lambda prompt: ask_one(prompt, temperature), prompts))
-        if prompts and all(answer is None for answer in answers):
+        if len(prompts) >= args.strategy_candidates and all(answer is None for answer in answers):
             reason = errors[-1].replace(key, "***")  # servers repeat the key they refuse
             refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests; the last one: "
                    f"{reason}; strategies found so far are kept: --resume asks for the rest, "

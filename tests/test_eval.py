@@ -40,8 +40,13 @@ def test_majority(votes, winner):
 
 
 @pytest.mark.parametrize("answer, expected", [
-    (" \\dfrac{1}{2}. ", "\\frac{1}{2}"), ("$\\tfrac{1}{2}$", "\\frac{1}{2}"),
-    ("\\left\\frac{1} {2}\\right", "\\frac{1}{2}"), ("42\\,000", "42000"), ("1.5", "1.5"), (None, None)])
+    (" \\dfrac{1}{2}. ", "\\frac{1}{2}"),
+    ("$\\tfrac{1}{2}$", "\\frac{1}{2}"),
+    ("\\left\\frac{1} {2}\\right", "\\frac{1}{2}"),
+    ("42\\,000", "42000"),
+    ("1.5", "1.5"),
+    (None, None),
+])
 def test_vote(answer, expected):
     assert vote(answer) == expected
 
@@ -65,6 +70,10 @@ def test_the_bootstrap_depends_on_the_seed_alone():
 
 def sums(n: int, word: str = "What") -> list[dict]:
     return [{"problem": f"{word} is {i} + {i}?", "answer": str(2 * i)} for i in range(n)]
+
+
+def with_strategies(n: int, strategy: str = "Double it.") -> list[dict]:
+    return [{**row, "strategy": strategy} for row in sums(n)]
 
 
 @pytest.fixture
@@ -142,7 +151,7 @@ def generations(out) -> list[dict]:
     return read_jsonl(out / "generations.jsonl")
 
 
-BOXES = ["\\boxed{0}", "\\boxed{0}", "no idea", "\\boxed{7}",           # 2 of 4, majority correct
+BOXES = ["\\boxed{7}", "no idea", "\\boxed{0}", "\\boxed{0}",           # 2 of 4, majority correct
          "\\boxed{3}", "\\boxed{2}", "\\boxed{3}", "too long to end it",  # 1 of 4, majority wrong
          "none", "none", "none", "none",                                # no vote
          *["\\boxed{\\frac{1}}"] * 4]                                   # a gold that cannot be read
@@ -174,7 +183,7 @@ def test_every_number_by_hand(by_hand):
 def test_generations(by_hand):
     rows = generations(by_hand)
     assert [(row["id"], row["sample"]) for row in rows] == [(str(i), j) for i in range(4) for j in range(4)]
-    assert rows[3] == {"benchmark": "sums.jsonl", "id": "0", "sample": 3, "correct": False, "answer": "7",
+    assert rows[0] == {"benchmark": "sums.jsonl", "id": "0", "sample": 0, "correct": False, "answer": "7",
                        "tokens": 10, "truncated": False, "batch": [0, 5], "completion": "\\boxed{7}"}
     assert rows[7] == {**rows[6], "sample": 3, "answer": None, "tokens": 18, "truncated": True,
                        "batch": [5, 10], "completion": "too long to end it"}
@@ -209,8 +218,12 @@ def test_settings_reach_the_sampler(evaluate, file, calls):
     evaluate(file, "--k", 3, "--top_p", 0.7, "--temperature", 0.9, "--generation_batch_size", 6,
              "--system_prompt", "Think.")
     prompts, config, max_rows = calls[0]
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.9, 0.7, 0)
-    assert (config.max_new_tokens, max_rows) == (12, 6)
+    assert config.do_sample is True
+    assert config.temperature == 0.9
+    assert config.top_p == 0.7
+    assert config.top_k == 0
+    assert config.max_new_tokens == 12
+    assert max_rows == 6
     assert config.eos_token_id == [IM_END]
     assert [len(call[0]) for call in calls] == [6, 6, 6, 3]
     longest = common.build_prompt(TOKENIZER, "Now tell me, what is 0 + 0?", "Think.")
@@ -226,7 +239,7 @@ def test_greedy_decoding(evaluate, file, calls, refused):
 
 def test_samples_depend_on_seed_benchmark_and_batch_alone(evaluate, file, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", sums(1, "Now tell me, what"))  # the file's longest problem
-    strategies = write_jsonl(tmp_path / "s.jsonl", [{**row, "strategy": "Double it."} for row in sums(7)])
+    strategies = write_jsonl(tmp_path / "s.jsonl", with_strategies(7))
     settings = ["--k", 4, "--generation_batch_size", 2]
     alone = generations(evaluate(file, *settings, out="alone"))
     seed = generations(evaluate(other, *settings, "--seed", 1, out="seed"))
@@ -294,8 +307,7 @@ def test_the_demo(run_script, tmp_path):
 @pytest.fixture
 def whole(evaluate, file, tmp_path):
     """Return settings and directory of an evaluation, with a guided part, that nothing interrupted."""
-    rows = [{**row, "strategy": "Double it."} for row in sums(3)]
-    strategies = write_jsonl(tmp_path / "s.jsonl", rows)
+    strategies = write_jsonl(tmp_path / "s.jsonl", with_strategies(3))
     settings = [file, "--k", 3, "--generation_batch_size", 4, "--strategies", strategies]
     return settings, evaluate(*settings, out="whole")
 
@@ -356,11 +368,13 @@ def test_two_evaluations_at_the_same_time(evaluate, file, refused, monkeypatch):
 @pytest.mark.parametrize("source", ["file", "own"])
 def test_strategies(source, evaluate, fake_samples, tmp_path, capsys):
     rows = sums(3)
-    guided = [{**row, "strategy": f"Strategy of {row['answer']}."} for row in rows[1:]]
-    data = write_jsonl(tmp_path / "sums.jsonl", rows[:1] + guided if source == "own" else rows)
+    helped = [{**row, "strategy": f"Strategy of {row['answer']}."} for row in rows[1:]]
+    if source == "own":
+        rows[1:] = helped
+    data = write_jsonl(tmp_path / "sums.jsonl", rows)
     none_found = {**rows[0], "strategy": None, "candidates": []}
     unknown = {"problem": "Not in the benchmark", "strategy": "Useless."}
-    strategies = write_jsonl(tmp_path / "s.jsonl", [*guided, unknown, none_found])
+    strategies = write_jsonl(tmp_path / "s.jsonl", [*helped, unknown, none_found])
     with open(strategies, "a") as cut_off:
         cut_off.write('{"problem": "What is 0 + 0?", "strat')
     unguided_answers = [0, 1, 2, 1, 1, 1]  # accuracy 1/2, 1/2, 0
@@ -407,8 +421,7 @@ def result_of(evaluate, fake_samples, tmp_path):
                 boxes += [f"\\boxed{{{2 * i if verdict == '1' else 9}}}" for verdict in samples]
         fake_samples(boxes)
         first, *others = unguided.split()
-        rows = [{**row, "strategy": strategy} for row in sums(1 + len(others))]
-        path = write_jsonl(tmp_path / name, rows)
+        path = write_jsonl(tmp_path / name, with_strategies(1 + len(others), strategy))
         return evaluate(path, "--strategies", "own", "--k", len(first), *more, out=out)
 
     return make

@@ -1,5 +1,6 @@
 """Models: which are refused, how much context and memory they have, and the bf16 copy that samples."""
 import json
+import math
 import shutil
 
 import pytest
@@ -12,8 +13,33 @@ import tgpo
 from conftest import small_model
 
 MOE = {"num_local_experts": 2, "num_experts_per_tok": 1}
-HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {  # model type, and what it needs beside the settings of conftest.small_model
+    "qwen2": {},
+    "llama": {},
+    "qwen3": {},
+    "mistral": {},
+    "phi3": {},
+    "gpt_neox": {},
+    "mixtral": MOE,
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+}
+REFUSED = [  # model type, settings, and why it is refused
+    ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}, "changes its logits after lm_head"),
+    ("cohere", {"logit_scale": 0.0625}, "changes its logits after lm_head"),
+    ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 32, **MOE}, "no hidden states and head"),
+    ("gpt2", {"resid_pdrop": 0.5}, "computes something else in train mode"),
+]
 
 
 def refusal(capsys, function, *args) -> str:
@@ -28,31 +54,26 @@ def refusal(capsys, function, *args) -> str:
 
 # ---- models that break our assumptions
 
-@pytest.mark.parametrize("kind, more, message", [
-    ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}, "changes its logits after lm_head"),
-    ("cohere", {"logit_scale": 0.0625}, "changes its logits after lm_head"),
-    ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 32, **MOE}, "no hidden states and head"),
-    ("gpt2", {"resid_pdrop": 0.5}, "computes something else in train mode")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_of_which_sampling_and_scoring_differ_is_refused(kind, more, message, dtype, capsys):
-    model = small_model(kind, **more).to(dtype)
+@pytest.mark.parametrize("kind, settings, message", REFUSED)
+def test_a_model_of_which_sampling_and_scoring_differ_is_refused(kind, settings, message, dtype, capsys):
+    model = small_model(kind, **settings).to(dtype)
     error = refusal(capsys, common.check_model, model, "--model m")
     assert error.startswith("error: --model m: not supported, ")
     assert message in error
 
 
-@pytest.mark.parametrize("kind, more", [
-    ("qwen2", {}), ("llama", {}), ("qwen3", {}), ("mistral", {}), ("gemma3_text", {"head_dim": 8, **SLIDING}),
-    ("phi3", {}), ("gpt_neox", {}), ("mixtral", MOE), ("falcon_h1", HYBRID)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_models_are_accepted(kind, more, dtype):
-    common.check_model(small_model(kind, **more).to(dtype), "--model m")
+@pytest.mark.parametrize("kind", MODELS)
+def test_other_models_are_accepted(kind, dtype):
+    model = small_model(kind, **MODELS[kind]).to(dtype)
+    common.check_model(model, "--model m")
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_weights_that_are_not_finite_are_refused(bad, tmp_path, capsys):
     model = small_model()
-    model.model.norm.weight.data[3] = bad
+    model.model.norm.weight.data[3] = float(bad)
     model.save_pretrained(tmp_path)
     assert "its weights are not finite" in refusal(capsys, common.load_model, str(tmp_path))
 
@@ -72,29 +93,55 @@ def test_a_directory_without_usable_weights_is_refused(model_dirs, tmp_path, cap
     assert "no model can be loaded" in refusal(capsys, common.load_config, path)
 
 
-@pytest.mark.parametrize("kind, more", [
-    ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "ffn_dim": 64, "word_embed_proj_dim": 32}),
-    ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5})])
-def test_dropout_is_switched_off(kind, more, tmp_path):
-    """OPT has dropout in a function call, GPT-2 in modules."""
-    small_model(kind, **more).save_pretrained(tmp_path)
+DROPOUT = {
+    "gpt2": {  # in modules
+        "resid_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+    },
+    "opt": {  # in a function call
+        "dropout": 0.5,
+        "attention_dropout": 0.5,
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DROPOUT)
+def test_dropout_is_switched_off(kind, tmp_path):
+    small_model(kind, **DROPOUT[kind]).save_pretrained(tmp_path)
     model = common.load_model(str(tmp_path))
-    ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+    ids = torch.arange(8)[None]
+    expected = model(ids).logits
+    model.train()
+    assert torch.equal(model(ids).logits, expected)
 
 
 # ---- context
 
-def test_longrope_is_used_below_the_original_length_only(tmp_path, capsys):
-    config = {"model_type": "phi3", "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0,
-              "max_position_embeddings": 256, "original_max_position_embeddings": 64,
-              "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}
-    (tmp_path / "config.json").write_text(json.dumps(config))  # as Phi-3.5 has it
-    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")  # as transformers 5 writes it
-    for path in (str(tmp_path), str(tmp_path / "again")):
-        assert common.context_length(path) == 64
-        common.check_context(path, "--model", 40, 24)
-        assert "the context of" in refusal(capsys, common.check_context, path, "--model", 41, 24)
+PHI_3_5 = {
+    "model_type": "phi3",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+@pytest.mark.parametrize("name", ["type", "rope_type"])
+def test_longrope_is_used_below_the_original_length_only(name, saved_again, tmp_path, capsys):
+    rope = {name: "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {**PHI_3_5, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = str(tmp_path)
+    if saved_again:  # in the form of transformers 5
+        AutoConfig.from_pretrained(path).save_pretrained(path)
+    assert common.context_length(path) == 64
+    common.check_context(path, "--model", 40, 24)
+    assert "the context of" in refusal(capsys, common.check_context, path, "--model", 41, 24)
 
 
 def test_completions_must_fit_into_the_context(model_dirs, capsys):
@@ -113,22 +160,26 @@ def billion(monkeypatch):
 
 
 @pytest.mark.parametrize("card, checkpointing, offload", [
-    (144.1e9, False, False), (143.9e9, True, False), (24.1e9, True, False), (23.9e9, True, True)])
+    (144.1e9, False, False),
+    (143.9e9, True, False),
+    (24.1e9, True, False),
+    (23.9e9, True, True)])
 def test_a_small_card_switches_checkpointing_and_offload_on(card, checkpointing, offload, billion):
     args = grpo_baseline.Args(model="m")
     line = common.plan_memory(args, card)
-    assert (args.activation_checkpointing, args.cpu_offload) == (checkpointing, offload)
+    assert args.activation_checkpointing == checkpointing
+    assert args.cpu_offload == offload
     assert line.startswith("18 GB a process")
-    assert ("--activation_checkpointing" in line, "--cpu_offload" in line) == (checkpointing, offload)
+    assert ("--activation_checkpointing" in line) == checkpointing
+    assert ("--cpu_offload" in line) == offload
 
 
-def test_given_memory_flags_are_kept(billion):
-    args = grpo_baseline.Args(model="m", activation_checkpointing=False, cpu_offload=False)
-    common.plan_memory(args, 1e9)
-    assert (args.activation_checkpointing, args.cpu_offload) == (False, False)
-    args = grpo_baseline.Args(model="m", activation_checkpointing=True, cpu_offload=True)
-    common.plan_memory(args, float("inf"))
-    assert (args.activation_checkpointing, args.cpu_offload) == (True, True)
+@pytest.mark.parametrize("given, card", [(False, 1e9), (True, math.inf)])
+def test_given_memory_flags_are_kept(given, card, billion):
+    args = grpo_baseline.Args(model="m", activation_checkpointing=given, cpu_offload=given)
+    common.plan_memory(args, card)
+    assert args.activation_checkpointing is given
+    assert args.cpu_offload is given
 
 
 @pytest.mark.parametrize("device, needed", [(None, "20 GB"), ("cuda:1", "18 GB")])
@@ -139,7 +190,8 @@ def test_a_teacher_on_the_same_card_takes_memory(device, needed, billion):
 
 def test_processes_share_what_training_takes(billion, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 4)
-    assert common.plan_memory(grpo_baseline.Args(model="m"), 1e12).startswith("6 GB")
+    args = grpo_baseline.Args(model="m")
+    assert common.plan_memory(args, 1e12).startswith("6 GB")
 
 
 def test_parameters_are_counted_from_the_config(model_dirs):
@@ -148,16 +200,20 @@ def test_parameters_are_counted_from_the_config(model_dirs):
     assert counted == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind, more, tokens, cached", [  # two layers with 2 heads of 8 numbers for keys
-    ("qwen2", {}, 10, 20), ("gemma3_text", {"head_dim": 8, **SLIDING}, 10, 10 + 4),
-    ("gemma3_text", {"head_dim": 8, **SLIDING}, 3, 6)])
-def test_bytes_of_the_kv_cache(kind, more, tokens, cached):
-    model = small_model(kind, **more)
-    assert common.kv_bytes(model, tokens) == 2 * cached * 2 * 8 * 4  # keys and values, fp32
-    assert common.kv_bytes(model.bfloat16(), tokens) == 2 * cached * 2 * 8 * 2
-    cache = model(torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held <= common.kv_bytes(model, tokens)
+@pytest.mark.parametrize("kind, tokens, cached", [
+    ("qwen2", 10, 10 + 10),
+    ("gemma3_text", 10, 4 + 10),  # its first layer keeps a window of 4
+    ("gemma3_text", 3, 3 + 3)])
+def test_bytes_of_the_kv_cache(kind, tokens, cached):
+    model = small_model(kind, **MODELS[kind])
+    numbers = 2 * cached * 2 * 8  # keys and values of two heads
+    assert common.kv_bytes(model, tokens) == 4 * numbers
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    held = 0
+    for layer in model(ids, use_cache=True).past_key_values.layers:
+        held += layer.keys.nbytes + layer.values.nbytes
+    assert held <= 4 * numbers
+    assert common.kv_bytes(model.bfloat16(), tokens) == 2 * numbers
 
 
 def test_rows_that_fit(monkeypatch):
@@ -167,32 +223,40 @@ def test_rows_that_fit(monkeypatch):
     assert common.rows_that_fit(model, 100) == 1
 
 
-def test_a_model_without_attention_fits(monkeypatch):
-    config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)
-    assert common.rows_that_fit(AutoModelForCausalLM.from_config(config), 10 ** 6) > 1000
+def test_a_model_without_attention_fits():
+    config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config)
+    assert common.rows_that_fit(model, 10 ** 6) > 1000
 
 
 # ---- the bf16 copy that samples
 
+def dtypes(tensors) -> set:
+    return {tensor.dtype for tensor in tensors}
+
+
 def test_the_bf16_copy_leaves_the_model_alone():
     model = small_model(tie_word_embeddings=True)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids = torch.arange(8)[None]
+    before = model(ids).logits
     half = common.bf16_copy(model)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert {b.dtype for b in half.buffers()} == {torch.float32}  # rotary frequencies keep their precision
+    assert dtypes(half.parameters()) == {torch.bfloat16}
+    assert dtypes(half.buffers()) == {torch.float32}  # rotary frequencies keep their precision
     assert half.lm_head.weight is half.get_input_embeddings().weight
-    assert not any(p.requires_grad for p in half.parameters())
-    assert all(p.requires_grad for p in model.parameters())
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    ids = torch.tensor([[9, 8, 7, 6, 5]])
-    torch.testing.assert_close(half(ids).logits.float(), model(ids).logits, atol=0.3, rtol=0.1)
+    assert not half.lm_head.weight.requires_grad
+    torch.testing.assert_close(half(ids).logits.float(), before, atol=0.3, rtol=0.1)
+    assert dtypes(model.parameters()) == {torch.float32}
+    assert model.lm_head.weight.requires_grad
+    assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_policy_has_fp32_weights_and_samples_in_bf16(bf16, dtype, model_dirs):
-    args = grpo_baseline.Args(model=str(model_dirs["qwen2"]), bf16=bf16)
-    model = common.load_policy(args).train()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    path = str(model_dirs["qwen2"])
+    args = grpo_baseline.Args(model=path, bf16=bf16)
+    model = common.load_policy(args)
+    model.train()
+    assert dtypes(model.parameters()) == {torch.float32}
     with common.sampling_weights(model) as sampler:
         assert sampler.dtype == dtype
         assert not sampler.training

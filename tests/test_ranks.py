@@ -46,6 +46,8 @@ def in_two_processes(work, *args, screen=os.devnull) -> list:
         for process in processes:
             process.join(10)
             process.kill()
+    for value in values.values():
+        assert not str(value).startswith("Traceback"), value
     return [values[0], values[1]]
 
 
@@ -124,21 +126,22 @@ def sorted_samples(run) -> list[str]:
     return sorted((run / "samples.jsonl").read_text().splitlines())
 
 
-def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path):
-    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": f"It is \\boxed{{{2 * i}}}."}
-            for i in range(12)]
+def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
+    rows = []
+    for i in range(12):
+        solution = f"It is \\boxed{{{2 * i}}}."
+        rows.append({"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": solution})
     data = write_jsonl(tmp_path / "raw.jsonl", rows)
-    one = write_jsonl(tmp_path / "one.jsonl", [{"problem": "What is 99 - 1?", "answer": "98"}])
-    argv = ["--model", model_dirs["qwen2"], "--dataset", data, "--eval_dataset", one, "--eval_samples", 1,
-            "--prompts_per_step", 2, "--group_size", 2, "--guided_group_size", 2, "--max_new_tokens", 30,
-            "--warmup_frac", 0.5, "--warmup_lr", 1e-3, "--warmup_epochs", 2, "--strategy_candidates", 2,
-            "--strategist_max_new_tokens", 8, "--out"]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"problem": "What is 99 - 1?", "answer": "98"}])
+    flags = ("--eval_samples 1 --prompts_per_step 2 --group_size 2 --guided_group_size 2 --max_new_tokens 30 "
+             "--warmup_frac 0.5 --warmup_lr 0.001 --warmup_epochs 2 --strategy_candidates 2 "
+             "--strategist_max_new_tokens 8")
+    argv = ["--model", model_dirs["qwen2"], "--dataset", data, "--eval_dataset", held_out, *flags.split()]
     screen = tmp_path / "screen"
     run = tmp_path / "two"
-    assert in_two_processes(run_main, "sgpo", *argv, run, "--steps", 1, screen=screen) == [0, 0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", sys.argv)
-        assert run_main("sgpo", *argv, tmp_path / "one", "--steps", 0) == 0
+    argv_now = [*argv, "--out", run, "--steps", 1]
+    assert in_two_processes(run_main, "sgpo", *argv_now, screen=screen) == [0, 0]
+    assert run_script("sgpo", *argv, "--out", tmp_path / "one", "--steps", 0) == 0
 
     assert screen.read_text().count("strategies: 6 of 6 problems done") == 1
     assert len(read_jsonl(run / "strategies.jsonl")) == 6

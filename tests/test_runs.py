@@ -1,7 +1,5 @@
 """Runs of the three scripts: what they write, exact resume, kills and signals, refusals."""
 import fcntl
-import json
-
 import shutil
 import signal
 import subprocess
@@ -88,9 +86,10 @@ def test_tensorboard_gets_the_metrics(train):
         assert sent == pytest.approx([row[name] for row in read_jsonl(run / "metrics.jsonl")], rel=1e-5)
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(train, capsys):
-    assert not train("sgpo", "--dry_run").exists()
-    assert "2 guided) samples" in capsys.readouterr().out
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(script, train, capsys):
+    assert not train(script, "--dry_run").exists()
+    assert "steps of 4 problems x " in capsys.readouterr().out
 
 
 def test_a_config_file_repeats_a_run(train, tmp_path, run_script):
@@ -110,11 +109,11 @@ def test_weights_that_are_not_finite_are_not_saved(train, capsys):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_resumed_run_is_the_uninterrupted_one(script, train):
     whole = train(script, "--steps", 4, out="whole")
-    run = train(script, "--steps", 2)
+    run = train(script, "--steps", 2, "--save_every", 1)
     leave_traces_of_a_kill(run)
-    train(script, "--steps", 4, "--resume")
+    train(script, "--steps", 4, "--save_every", 1, "--resume")
     assert_same_runs(run, whole)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
 def leave_traces_of_a_kill(run) -> None:

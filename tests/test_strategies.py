@@ -67,7 +67,10 @@ def args_of(model_dirs, **flags) -> sgpo.Args:
 
 
 @pytest.mark.parametrize("verdict, best, score", [
-    ("Strategy 1: 0.3\nStrategy 2: 0.8\nStrategy 3: 0.5", 1, 0.8), ("3: 0.1", 2, 0.1), (None, 0, None)])
+    ("Strategy 1: 0.3\nStrategy 2: 0.8\nStrategy 3: 0.5", 1, 0.8),
+    ("3: 0.1", 2, 0.1),
+    (None, 0, None),
+])
 def test_the_best_candidate_is_kept(verdict, best, score, model_dirs):
     answers = [GOOD.replace("doubling", f"way {k}") for k in range(3)]
     asked = []
@@ -86,8 +89,12 @@ def test_the_best_candidate_is_kept(verdict, best, score, model_dirs):
 
 
 @pytest.mark.parametrize("answer, reason", [
-    (None, "no answer"), ("I cannot.", "not in three parts"), (GOOD + " It gives 42.", "gives the answer away"),
-    (GOOD + " And so on." * 99, "too long"), (GOOD, None)])
+    (None, "no answer"),
+    ("I cannot.", "not in three parts"),
+    (GOOD + " It gives 42.", "gives the answer away"),
+    (GOOD + " And so on." * 99, "too long"),
+    (GOOD, None),
+])
 def test_why_a_candidate_is_rejected(answer, reason, model_dirs):
     candidate = sgpo.judge(answer, PROBLEM, small_tokenizer(), args_of(model_dirs))
     assert candidate.get("rejected") == reason
@@ -291,7 +298,8 @@ def test_a_local_strategist_gives_up_on_what_is_too_long(model_dirs):
 
 def test_a_given_file_is_read_and_not_asked_about(server, sgpo_run, tmp_path):
     rows = [{"problem": f"What is {i} + {i}?", "strategy": f"Any text for {i}."} for i in (11, 12, 13)]
-    path = write_jsonl(tmp_path / "mine.jsonl", [{"problem": rows[0]["problem"], "strategy": None}, *rows])
+    nothing_found = {"problem": rows[0]["problem"], "strategy": None}
+    path = write_jsonl(tmp_path / "mine.jsonl", [rows[0], nothing_found, *rows[1:]])
     path.write_text(path.read_text().rstrip())  # no line end behind the last row
     screen = sgpo_run("--strategies", path, "--strategist", "none", "--prompts_per_step", 8)
     assert "found 3, to extract 0" in screen

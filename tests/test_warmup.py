@@ -38,19 +38,19 @@ def argv(model_dirs, tmp_path_factory) -> list:
     return ["--model", model_dirs["qwen2"], "--dataset", data, *flags.split()]
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(common, "WARMUP_BATCH", 5)
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "WARMUP_BATCH", 5)
+        patch.setattr(sys, "argv", sys.argv)
+        yield
 
 
 @pytest.fixture(scope="module")
 def baseline(argv, tmp_path_factory):
     """Return a finished run of the SFT baseline."""
     out = tmp_path_factory.mktemp("baseline") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "WARMUP_BATCH", 5)
-        patch.setattr(sys, "argv", sys.argv)
-        assert run_main("grpo_baseline", *argv, "--out", out) == 0
+    assert run_main("grpo_baseline", *argv, "--out", out) == 0
     return out
 
 
@@ -103,13 +103,17 @@ LETTERS = np.random.default_rng(0).integers(97, 123, (12, 20))
 NOISE = [{**row, "solution": bytes(text.tolist()).decode()} for row, text in zip(ROWS, LETTERS)]
 
 
-@pytest.mark.parametrize("rows, peak, epochs, kept", [(ROWS, 2e-3, 3, 3), (NOISE, 0.02, 6, 4)])
+@pytest.mark.parametrize("rows, peak, epochs, kept", [
+    (ROWS, 2e-3, 3, 3),
+    (NOISE, 0.02, 6, 4),
+])
 def test_losses_and_weights_are_those_of_a_plain_loop(rows, peak, epochs, kept, argv, tmp_path, run_script,
                                                       capsys):
     (tmp_path / "reward.py").write_text("def right(text, row):\n    return 1\n")
-    argv = [*argv, "--dataset", write_jsonl(tmp_path / "rows.jsonl", rows), "--warmup_lr", peak,
-            "--reward", f"{tmp_path}/reward.py:right", "--warmup_epochs", epochs, "--microbatch_tokens", 150]
-    assert run_script("grpo_baseline", *argv, "--out", tmp_path / "run") == 0
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    flags = (f"--reward {tmp_path}/reward.py:right --warmup_lr {peak} --warmup_epochs {epochs} "
+             f"--microbatch_tokens 150 --dataset {data} --out {tmp_path}/run")
+    assert run_script("grpo_baseline", *argv, *flags.split()) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "validation" in line]
     plain = list(plain_warm_up(rows, peak, epochs))
     assert len(lines) == epochs
@@ -142,7 +146,10 @@ def test_an_opened_thinking_is_not_opened_twice():
 
 # ---- reuse
 
-@pytest.mark.parametrize("is_finished, line", [(True, "warm-up: loaded "), (False, "warm-up: epoch 1 of 3")])
+@pytest.mark.parametrize("is_finished, line", [
+    (True, "warm-up: loaded "),
+    (False, "warm-up: epoch 1 of 3"),
+])
 def test_a_finished_warm_up_is_reused_and_a_killed_one_begins_again(is_finished, line, argv, baseline,
                                                                     tmp_path, run_script, capsys):
     run = tmp_path / "run"
@@ -160,12 +167,13 @@ def test_a_finished_warm_up_is_reused_and_a_killed_one_begins_again(is_finished,
 
 def test_another_run_can_start_from_a_warm_up(argv, tmp_path, run_script):
     """Its run is the same from there on, because both split the problems with the seed."""
-    argv = [*argv, "--warmup_frac", 0.33, "--steps", 2]
-    own = tmp_path / "own"
-    assert run_script("grpo_baseline", *argv, "--out", own) == 0
-    assert run_script("grpo_baseline", *argv, "--warmup_from", own / "warmup", "--out", tmp_path / "lent") == 0
-    assert_same_runs(own, tmp_path / "lent")
-    assert not (tmp_path / "lent/warmup").exists()
+    argv = [*argv, "--warmup_frac", 0.33, "--steps", 2, "--out"]
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    assert run_script("grpo_baseline", *argv, first) == 0
+    assert run_script("grpo_baseline", *argv, second, "--warmup_from", first / "warmup") == 0
+    assert_same_runs(first, second)
+    assert not (second / "warmup").exists()
 
 
 def test_a_folder_without_a_model_is_refused(argv, tmp_path, run_script, capsys):
@@ -208,11 +216,13 @@ def test_the_share_is_drawn_before_long_and_wrong_solutions_leave_it(capsys):
 
 
 def test_three_scripts_train_on_the_same_other_problems(argv, tmp_path, run_script):
-    trained = []
-    flags = ["--warmup_frac", 0.33, "--steps", 4, "--warmup_epochs", 1]
-    for script, own in (("sgpo", []), ("grpo_baseline", []), ("tgpo", ["--guidance", "none"])):
-        assert run_script(script, *argv, *flags, *own, "--out", tmp_path / script) == 0
-        trained.append({sample["id"] for sample in read_jsonl(tmp_path / script / "samples.jsonl")})
-    assert trained[0] == trained[1] == trained[2]
-    assert len(trained[0]) == 16
-    assert same_weights(tmp_path / "sgpo/warmup", tmp_path / "tgpo/warmup")
+    own = {"tgpo": ["--guidance", "none"]}
+    flags = "--warmup_frac 0.33 --steps 4 --warmup_epochs 1".split()
+    trained = {}
+    for script in ("grpo_baseline", "sgpo", "tgpo"):
+        run = tmp_path / script
+        assert run_script(script, *argv, *flags, *own.get(script, []), "--out", run) == 0
+        trained[script] = {sample["id"] for sample in read_jsonl(run / "samples.jsonl")}
+        assert trained[script] == trained["grpo_baseline"]
+        assert same_weights(run / "warmup", tmp_path / "grpo_baseline/warmup")
+    assert len(trained["sgpo"]) == 16

@@ -1,9 +1,9 @@
 """Run the papers' ablations on the demo, over seeds: one JSON line per run, a Markdown table at the end.
 
-    python tests/bench/ablations.py                                             # all rows, seeds 0 1 2
-    python tests/bench/ablations.py --seeds 3 4                                 # two more seeds
-    python tests/bench/ablations.py --only sgpo "sgpo --delta inf"              # these rows
-    python tests/bench/ablations.py --only grpo_baseline luffy hpt gspo cispo   # with the forks of tests/forks
+    python tests/bench/ablations.py                                            # all rows, seeds 0 1 2
+    python tests/bench/ablations.py --seeds 3 4                                # two more seeds
+    python tests/bench/ablations.py --only sgpo "sgpo --delta inf"             # these rows
+    python tests/bench/ablations.py --only grpo_baseline luffy hpt gspo cispo  # the forks, too
 
 A run whose line is in --file is not repeated, so the same command continues after a stop.
 """
@@ -21,33 +21,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.diff"))
+GUIDANCES = ["tgpo-sampled", "tgpo-topk", "tgpo-adv", "tgpo-adv-matched", "rkl", "kdrl", "reverse-kl", "none"]
 SGPO_ROWS = [
-    "grpo_baseline",
-    *FORKS,
-    "sgpo",
-    "sgpo --distill none",
-    "sgpo --no_autonomous_grpo",
-    "sgpo --target all --delta inf",
-    "sgpo --delta inf",
-    "sgpo --target all",
-    "sgpo --weight fixed",
-    "sgpo --weight group_advantage",
-    "sgpo --distill reverse_kl",
-    "sgpo --distill sft",
-]
+    "grpo_baseline", *FORKS, "sgpo", "sgpo --distill none", "sgpo --no_autonomous_grpo",
+    "sgpo --target all --delta inf", "sgpo --delta inf", "sgpo --target all", "sgpo --weight fixed",
+    "sgpo --weight group_advantage", "sgpo --distill reverse_kl", "sgpo --distill sft"]
 TGPO_ROWS = [
-    "tgpo",
-    "tgpo --guidance tgpo-sampled",
-    "tgpo --guidance tgpo-topk",
-    "tgpo --guidance tgpo-adv",
-    "tgpo --guidance tgpo-adv-matched",
-    "tgpo --guidance rkl",
-    "tgpo --guidance kdrl",
-    "tgpo --guidance reverse-kl",
-    "tgpo --guidance none",
-    "tgpo --teacher demo-same-style",
-    "tgpo --teacher demo-same-style --guidance rkl",
-]
+    "tgpo", *(f"tgpo --guidance {name}" for name in GUIDANCES),
+    "tgpo --teacher demo-same-style", "tgpo --teacher demo-same-style --guidance rkl"]
 
 
 def train(row: str, seed: int, file: Path) -> None:

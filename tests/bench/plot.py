@@ -44,8 +44,8 @@ def load(paths: list[Path]) -> dict[str, list[list[dict]]]:
     return runs
 
 
-def curve(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return steps, mean and standard deviation over seeds of a metric's running mean; None without values."""
+def curve(runs: list[list[dict]], key: str) -> tuple | None:
+    """Return steps, mean and standard deviation over seeds of a metric's running mean, or None."""
     by_seed = [{row["step"]: row[key] for row in metrics if key in row} for metrics in runs]
     steps = sorted(set.intersection(*map(set, by_seed)))
     if not steps:

@@ -1,4 +1,4 @@
-"""Show what SGPO distils: a page with targets of a run, each token shaded by d_t of Eq. 3 (the paper's Fig. 5).
+"""Show what SGPO distils: a page with targets of a run, each token shaded by d_t of Eq. 3 (paper: Fig. 5).
 
     python tests/bench/show_tokens.py runs/sgpo --model demo     # before training: the run's first model
     python tests/bench/show_tokens.py runs/sgpo                  # after training: what is left
@@ -76,9 +76,10 @@ def page(targets: list[Target], delta: float) -> str:
         parts.append(f"<h3>{html.escape(target.title)}</h3><pre>")
         for token, d, likely in zip(target.tokens, target.d, target.hover, strict=True):
             framed = " class=out" if d > delta else ""
-            shade = f"rgba(224, 96, 44, {min(d / 2, 1):.3f})"
+            shade = f"rgba(224, 96, 44, {min(max(d, 0) / 2, 1):.3f})"
             hover = html.escape(f"d = {d:.4f}{likely}")
-            parts.append(f'<span{framed} style="background: {shade}" title="{hover}">{html.escape(token)}</span>')
+            style = f'style="background: {shade}" title="{hover}"'
+            parts.append(f"<span{framed} {style}>{html.escape(token)}</span>")
         parts.append("</pre>")
     return "".join(parts) + "\n"
 
