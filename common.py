@@ -388,7 +388,7 @@ def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tupl
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was before."""
+    """Write a file atomically: a crash leaves the old version intact."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
@@ -547,7 +547,8 @@ class Data:
 
     def fingerprint(self) -> str:
         """Return a hash of all problems: a data file that has changed is noticed at --resume."""
-        texts = [[p["problem"], p["answer"]] for p in self.train + self.warmup + self.held_out]
+        problems = self.train + self.warmup + self.held_out
+        texts = [[p["problem"], p["answer"], p.get("solution")] for p in problems]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
@@ -614,7 +615,8 @@ def split_warmup(problems: list[dict], held_out: list[dict], tokenizer, reward: 
 
     A random --warmup_frac of ALL problems with a solution belongs to the warm-up, whatever their length. To
     take the short ones first would leave RL with the problems whose solutions exceed --max_new_tokens. Of
-    this share we teach what RL would reward: a model that is taught longer solutions is always cut off.
+    this share, teach only solutions that fit --max_new_tokens and score as correct; longer ones would teach
+    the model to run past the limit.
     """
     solved = [i for i, problem in enumerate(problems) if "solution" in problem]
     share_size = round(args.warmup_frac * len(solved))
@@ -790,6 +792,7 @@ def load_config(name: str, flag: str = "--model"):
     return config
 
 
+@lru_cache(4)
 def context_length(name: str, flag: str = "--model") -> int:
     """Return how many positions a model has.
 
@@ -967,28 +970,53 @@ def card_bytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
 
 
-def plan_memory(args: RunFlags, card: float) -> str:
-    """Switch on activation checkpointing and CPU offload if the card is too small; describe the memory.
+def choose_memory(args: RunFlags, card: float | None = None) -> str:
+    """Switch on activation checkpointing and CPU offload if the card is too small; describe what a run takes.
 
     Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
-    processes. Sampling takes 2 for a bf16 copy, and a teacher on the same card takes 2, divided as well.
+    processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided as
+    well. A run that host memory or disk cannot hold is refused before anything is loaded.
     """
+    card = card or card_bytes()
     policy = count_parameters(args.model, "--model")
-    teacher = 0
+    needed = 16 * policy / world_size() + 2 * policy
+    checkpoint = 12 * policy
+    if args.lora_rank:
+        needed = 2 * policy
+        checkpoint = 0  # adapters are small
+        args.cpu_offload = False
     if getattr(args, "teacher", None) and not args.teacher_device:
-        teacher = count_parameters(args.teacher, "--teacher")
-    needed = 16 * policy / world_size() + 2 * policy + 2 * teacher / world_size()
+        needed += 2 * count_parameters(args.teacher, "--teacher") / world_size()
     if args.activation_checkpointing is None:
         args.activation_checkpointing = needed > card / 8
     if args.cpu_offload is None:
         args.cpu_offload = needed > 0.75 * card
+    host = 16 * policy if args.cpu_offload else 0
+    disk = (Run.CHECKPOINTS_KEPT + 1) * checkpoint + 4 * policy  # a new one is written before an old one goes
+    check_room(host, disk, args.out)
     line = f"{needed / 1e9:.3g} GB a process for weights, gradients, Adam and sampling copy"
     if card < math.inf:
         line += f"; the card has {card / 1e9:.3g} GB"
+    if host:
+        line += f"; {host / 1e9:.3g} GB of host memory"
+    line += f"; {disk / 1e9:.3g} GB of disk"
     for name in ("activation_checkpointing", "cpu_offload"):
         if getattr(args, name):
             line += f"; --{name}"
     return line
+
+
+def check_room(host: float, disk: float, out: str) -> None:
+    """Refuse a run that needs more bytes of host memory or disk than there are."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if host > memory:
+        refuse(f"--cpu_offload needs {host / 1e9:.3g} GB of host memory, and this machine has "
+               f"{memory / 1e9:.3g}: use --lora_rank, more cards or a smaller model")
+    existing = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if disk > free:
+        refuse(f"--out {out}: checkpoints and model need {disk / 1e9:.3g} GB of disk; {free / 1e9:.3g} GB are "
+               "free there")
 
 
 def count_parameters(name: str, flag: str) -> int:
@@ -1260,8 +1288,10 @@ class Fp32Head:
 
     def __init__(self, model):
         head = model.get_output_embeddings()
-        # FSDP2 gathers bf16 weights. In fp32 the gradients of many chunks add up without rounding.
-        self.weight = head.weight.float()                                                # [V, d]
+        self.weight = head.weight                                                        # [V, d]
+        if self.weight.requires_grad:
+            # FSDP2 gathers bf16 weights. In fp32 the gradients of many chunks add up without rounding.
+            self.weight = self.weight.float()
         self.bias = None if head.bias is None else head.bias.float()
         self.tokens_per_chunk = max(CHUNK_LOGITS // len(self.weight), 1)  # so that no [M, V] tensor exists
 
@@ -1269,7 +1299,7 @@ class Fp32Head:
         if torch.is_autocast_enabled(hidden.device.type):
             logits = Bf16MatmulFp32.apply(hidden.bfloat16(), self.weight.bfloat16())
         else:
-            logits = hidden.float() @ self.weight.T
+            logits = hidden.float() @ self.weight.float().T
         return logits if self.bias is None else logits + self.bias
 
 
@@ -1484,6 +1514,8 @@ class Run:
         if args.out is None:
             name = f"{script}-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             args.out = from_first_process(lambda: f"runs/{name}")
+        if args.warmup_from and not Path(args.warmup_from, "config.json").is_file():
+            refuse(f"--warmup_from {args.warmup_from}: no model there; name the warmup/ folder of a run")
         if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
             refuse(f"--report_to {args.report_to} needs a package: pip install {args.report_to}")
         self.args = args
@@ -1493,8 +1525,8 @@ class Run:
         self.stop_requested = False
         self.timeouts_logged = grader_counts["timeouts"]
 
-    def print_plan(self, data: Data, samples_per_problem: str, **more: str) -> None:
-        """Print what the run will do, before it costs anything; choose the memory flags left open."""
+    def print_plan(self, data: Data, memory: str, samples_per_problem: str, **more: str) -> None:
+        """Print what the run will do and take, before it costs anything."""
         args = self.args
         epochs = args.steps * args.prompts_per_step / max(len(data.train), 1)
         batch = f"{args.prompts_per_step} problems x {samples_per_problem} samples"
@@ -1502,7 +1534,7 @@ class Run:
             "data": data.summary,
             **more,
             "training": f"{args.steps} steps of {batch}, {epochs:.2g} epochs",
-            "memory": plan_memory(args, card_bytes()),
+            "memory": memory,
             "run": args.out,
         }
         print("plan")
@@ -1536,7 +1568,7 @@ class Run:
             step = load_checkpoint(self.checkpoints()[-1], model, optimizer)
         if rank() == 0:
             for name in ("samples.jsonl", "metrics.jsonl"):
-                truncate_log(self.folder / name, step if self.checkpoints() else -1)
+                truncate_log(self.folder / name, step if step > 0 else -1)
         barrier()
         self.send_metrics = dashboard(self.args.report_to, self.folder, self.config)
         self.bar = tqdm(total=self.args.steps, initial=step, desc="training", unit="step",
@@ -1600,6 +1632,11 @@ class Run:
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step_??????"))
+
+    def latest_step(self) -> int:
+        """Return the step of the latest checkpoint; 0 if nothing has been trained."""
+        checkpoints = self.checkpoints()
+        return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
     def save(self, step: int, model, optimizer) -> None:
         """Save a checkpoint. Random numbers and data order are functions of (seed, step), and not in it."""

@@ -219,7 +219,7 @@ def finished_batches(path: Path) -> Parts:
     batches = defaultdict(list)
     if path.exists():
         for _, row in read_jsonl(path, skip_unfinished=True):
-            batches[row["benchmark"], *row["batch"]].append(row)
+            batches[(row["benchmark"], *row["batch"])].append(row)
     done = defaultdict(list)
     for (title, start, end), rows in batches.items():
         if len(rows) == end - start:

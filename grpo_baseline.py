@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    Fp32Head, Run, RunFlags, build_prompt, clip_gradient, completion_hidden, flag, gather, generate_in_pieces,
-    learning_rate, load_data, load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args,
-    problems_of_step, program, seed_everything, sft_warmup, stop_ids, sum_over_processes)
+    Fp32Head, Run, RunFlags, build_prompt, choose_memory, clip_gradient, completion_hidden, flag, gather,
+    generate_in_pieces, learning_rate, load_data, load_policy, load_reward, load_tokenizer, microbatches,
+    my_share, parse_args, problems_of_step, program, seed_everything, sft_warmup, stop_ids,
+    sum_over_processes)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
 # (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
@@ -89,7 +90,7 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
     )
     completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
@@ -184,7 +185,9 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
         size = head.tokens_per_chunk
         for h, ids in zip(hidden.split(size), completions[mask].split(size)):
             chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
-    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))          # [M] each
+    logps, entropy = zip(*chunks)
+    logps = torch.cat(logps)                                               # [M]
+    entropy = torch.cat(entropy)                                           # [M]
     zeros = logps.new_zeros(mask.shape)
     return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
 
@@ -202,7 +205,8 @@ def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> T
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
     """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    totals = sum_over_processes(*sums.values())
+    sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
     metrics = {
         "loss": sums["loss"] / max(len(grad_norms), 1),
@@ -218,9 +222,9 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
+    """Run all optimizer steps for one rollout, whose samples have these advantages [b G]; return the metrics.
 
-    Samples whose advantage is 0 are skipped: they have no gradient, but they count in the normalizer.
+    Skip samples whose advantage is 0: they have no gradient, but the normalizer counts them.
     """
     lengths = ro.lengths()
     num_problems = len(advantages) // args.group_size                      # b
@@ -228,7 +232,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = logps_before_update(model, ro, np.flatnonzero(has_gradient).tolist(), args)
+        trained = [i for i, trains in enumerate(has_gradient) if trains]
+        old_logps = logps_before_update(model, ro, trained, args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded"), 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
@@ -240,6 +245,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
 
         # 1. GRPO: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
+        # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in microbatches(trained, lengths, args.microbatch_tokens):
             mask = ro.mask[idx]                                            # [n, C]
             logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
@@ -300,7 +306,8 @@ def main() -> None:
     reward = load_reward(args.reward)
     tokenizer = load_tokenizer(args.model)
     data = load_data(args, tokenizer, reward)
-    run.print_plan(data, f"{args.group_size}")
+    memory = choose_memory(args)                      # may switch on checkpointing and offload
+    run.print_plan(data, memory, f"{args.group_size}")
     if args.dry_run:
         return
     model = load_policy(args)                         # fp32 weights, sharded under torchrun
@@ -316,18 +323,19 @@ def main() -> None:
         # ---- sample problems
         seed_everything(args.seed, "step", step)
         problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
-        samples = [problem for problem in problems for _ in range(args.group_size)]                # N
+        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
 
         # ---- rollout
         rollout_start = time.perf_counter()
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
         ro = rollout(model, tokenizer, prompts, args.temperature, args)
         rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
         rewards = reward(ro.texts, samples)                                           # [N]
         groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
-        advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
+        advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
+        advantages = my_share(advantages).flatten()                                   # [b G]
 
         # ---- update
         train_start = time.perf_counter()

@@ -30,10 +30,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    Fp32Head, Run, RunFlags, append_jsonl, build_prompt, clip_gradient, completion_hidden, context_length,
-    flag, from_all_processes, from_first_process, gather, generate_in_pieces, learning_rate, load_data,
-    load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share,
-    parse_args, problems_of_step, program, rank, read_jsonl, refuse, seed_everything, sft_warmup, stop_ids,
+    Fp32Head, Run, RunFlags, append_jsonl, build_prompt, choose_memory, clip_gradient, completion_hidden,
+    context_length, flag, from_all_processes, from_first_process, gather, generate_in_pieces, learning_rate,
+    load_data, load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args,
+    problems_of_step, program, rank, read_jsonl, refuse, seed_everything, sft_warmup, stop_ids,
     sum_over_processes, world_size, write_atomic)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process,
@@ -132,7 +132,7 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
     )
     completions = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
@@ -198,7 +198,7 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples
 def forward_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
     """Return d = KL(stopgrad pi(. | q, s, o_<t) || pi(. | q, o_<t)) in nats (Eq. 3), [m], from logits [m, V].
 
-    The stop-gradient is on the guided LOGITS: both sides share their weights, lm_head included.
+    Gradients are stopped at the guided LOGITS, because both sides use the same weights, lm_head included.
     """
     guided = guided_logits.detach().log_softmax(-1)
     unguided = logits.log_softmax(-1)
@@ -220,7 +220,7 @@ def clip_kl(d: Tensor, delta: float) -> Tensor:
 def reachable_target(sum_logps: Tensor) -> int:
     """Return argmax_g sum_t log pi(g_t | q, g_<t) over the correct guided samples (Eq. 4), as an index.
 
-    The log-probs are those WITHOUT the strategy. A sum, not a mean, so shorter targets are favoured, too.
+    The log-probs are those WITHOUT the strategy. Summing rather than averaging also favours shorter targets.
     """
     return int(sum_logps.argmax())
 
@@ -274,7 +274,9 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
         size = head.tokens_per_chunk
         for h, ids in zip(hidden.split(size), completions[mask].split(size)):
             chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
-    logps, entropy = (torch.cat(parts) for parts in zip(*chunks))          # [M] each
+    logps, entropy = zip(*chunks)
+    logps = torch.cat(logps)                                               # [M]
+    entropy = torch.cat(entropy)                                           # [M]
     zeros = logps.new_zeros(mask.shape)
     return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
 
@@ -310,7 +312,7 @@ def token_kl(model, ro: Rollout, idx: list[int], args: Args) -> Tensor:
 
 @dataclass
 class Guidance:
-    correct: list[list[int]]  # for each of b problems: its correct guided samples (the paper's set C)
+    correct: list[list[int]]  # for each of b problems: its correct guided samples
     alpha: Tensor             # [b] weight alpha(q) of its distillation; 0 if no guided sample is correct
 
 
@@ -344,29 +346,31 @@ def guide(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: i
         "sgpo/no_target_frac": (num_correct == 0).float(),
     }
     sums = [value[has_strategy].sum() for value in values.values()]
-    num_guided, *sums = sum_over_processes(has_strategy.sum(), *sums)
-    metrics = {name: value / num_guided for name, value in zip(values, sums)} if num_guided else {}
+    num_guided, *totals = sum_over_processes(has_strategy.sum(), *sums)
+    if num_guided == 0:
+        return Guidance(correct, alpha), {}
+    metrics = {name: total / num_guided for name, total in zip(values, totals)}
     return Guidance(correct, alpha), metrics
 
 
 def choose_targets(model, ro: Rollout, guidance: Guidance, problems: list[int],
                    args: Args) -> dict[int, list[int]]:
-    """Return the samples to distil for each problem with alpha > 0: the reachable target, or all of C."""
+    """Return the samples to distil for each problem with alpha > 0: the reachable one, or all correct."""
     correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
     if args.target == "all":
         return correct
     rivals = []  # a problem with a single correct sample needs no scoring
     for samples in correct.values():
-        rivals += samples if len(samples) > 1 else []
-    sum_logps = dict.fromkeys([i for samples in correct.values() for i in samples], 0.0)
+        if len(samples) > 1:
+            rivals += samples
+    sum_logps = torch.zeros(len(ro.mask))                                  # [N]
     with torch.no_grad():
         for idx in microbatches(rivals, ro.lengths(), args.microbatch_tokens):
             logps, _ = token_logps(model, ro, idx, args)
-            sum_logps.update(zip(idx, logps.sum(1).tolist()))
+            sum_logps[idx] = logps.sum(1).cpu()
     targets = {}
     for q, samples in correct.items():
-        scores = torch.tensor([sum_logps[i] for i in samples])
-        targets[q] = [samples[reachable_target(scores)]]
+        targets[q] = [samples[reachable_target(sum_logps[samples])]]
     return targets
 
 
@@ -387,7 +391,7 @@ def distil(model, ro: Rollout, guidance: Guidance, problems: list[int], sums: di
 
     L_KD is the mean over a target's tokens of the clipped KL (Eq. 2, 5). `sums` collects the metrics.
     """
-    num_problems, = sum_over_processes(len(problems))
+    num_problems = sum_over_processes(len(problems))[0]
     targets = choose_targets(model, ro, guidance, problems, args)
     lengths = ro.mask.sum(1).tolist()
     weights = torch.zeros(len(ro.mask), device=ro.mask.device)             # [N] of every token of a target
@@ -399,7 +403,8 @@ def distil(model, ro: Rollout, guidance: Guidance, problems: list[int], sums: di
     delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
     for idx in microbatches(distilled, longer_lengths, args.microbatch_tokens):
         if args.distill == "sft":
-            d = -token_logps(model, ro, idx, args)[0]                      # [n, C]
+            logps, _ = token_logps(model, ro, idx, args)
+            d = -logps                                                     # [n, C]
         else:
             d = token_kl(model, ro, idx, args)                             # [n, C]
         loss = (clip_kl(d, delta) * weights[idx, None]).sum()
@@ -413,7 +418,8 @@ def distil(model, ro: Rollout, guidance: Guidance, problems: list[int], sums: di
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
     """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    totals = sum_over_processes(*sums.values())
+    sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
     metrics = {
         "loss": sums["loss"] / max(len(grad_norms), 1),
@@ -433,10 +439,10 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
            args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout and return the metrics; advantages are those of GRPO's samples.
+    """Run all optimizer steps for one rollout, whose autonomous samples have these advantages [b G].
 
-    Samples whose advantage is 0 are skipped: they have no gradient, but they count in the normalizer. So are
-    problems whose alpha is 0. Every sample is scored under the prompt WITHOUT the strategy.
+    Skip samples whose advantage is 0: they have no gradient, but the normalizer counts them. Skip problems
+    whose alpha is 0, too. Every sample is scored under the prompt WITHOUT the strategy.
     """
     lengths = ro.lengths()
     num_problems = len(advantages) // args.group_size                      # b
@@ -444,7 +450,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_logps = logps_before_update(model, ro, np.flatnonzero(has_gradient).tolist(), args)
+        trained = [i for i, trains in enumerate(has_gradient) if trains]
+        old_logps = logps_before_update(model, ro, trained, args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "kl", "kl_clipped",
                           "kl_tokens"), 0.0)
     grad_norms = []
@@ -457,6 +464,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 
         # 1. GRPO: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
+        # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in microbatches(trained, lengths, args.microbatch_tokens):
             mask = ro.mask[idx]                                            # [n, C]
             logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
@@ -488,30 +496,30 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 
 # ---------------------------------------------------------------- main
 
-def evaluate(model, tokenizer, problems: list[dict], reward, args: Args,
-             guided: bool = False) -> dict[str, float]:
-    """Return the share of correct answers to the held-out problems, with --eval_samples for each.
-
-    `guided`: with the strategies in the prompts, if all problems have one.
-    """
-    if not problems or guided and not all("strategy" in problem for problem in problems):
-        return {}
-    seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
-    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
-    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
-                            problem["strategy"] if guided else None) for problem in samples]
-    ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
-    correct = reward(ro.texts, samples) >= 0.5
-    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
-    return {"eval/accuracy_guided" if guided else "eval/accuracy": num_correct / num_samples}
+def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
+    """Return the share of correct answers to the held-out problems, without and with the strategy."""
+    with_strategy = [problem for problem in problems if "strategy" in problem]
+    metrics = {}
+    for name, asked in (("eval/accuracy", problems), ("eval/accuracy_guided", with_strategy)):
+        if not asked:
+            continue
+        seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
+        samples = [problem for problem in my_share(asked) for _ in range(args.eval_samples)]
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
+                                problem["strategy"] if name == "eval/accuracy_guided" else None)
+                   for problem in samples]
+        ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
+        correct = reward(ro.texts, samples) >= 0.5
+        num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+        metrics[name] = num_correct / num_samples
+    return metrics
 
 
 def add_guided_samples(problems: list[dict], samples: list[dict], prompts: list[list[int]], tokenizer,
                        args: Args) -> tuple[dict[int, list[int]], list[list[int]]]:
-    """Append the guided samples and the prompts that they are scored under, WITHOUT the strategy.
+    """Append the guided samples to `samples` and their prompts WITHOUT the strategy to `prompts`, in place.
 
-    Return the guided samples of each problem that has a strategy, and the prompts that all samples are drawn
-    from.
+    Return the guided samples of each problem that has a strategy, and the prompts to draw all samples from.
     """
     sampled_from = list(prompts)
     guided_samples = {}
@@ -551,19 +559,25 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     data = load_data(args, tokenizer, reward)
     path = Path(args.strategies or run.folder / "strategies.jsonl")
-    missing = attach_strategies(data.train, data.held_out, path, tokenizer, args)
-    if run.checkpoints():
-        missing = []                                  # a resumed run keeps the strategies it began with
+    attach_strategies(data.train + data.held_out, path, tokenizer, args)
+    missing = problems_to_extract(data.train, args)
+    if run.latest_step() > 0:                         # a resumed run keeps the strategies it began with
+        missing = []
+    check_strategies(data.train, missing, args)
     found = sum("strategy" in problem for problem in data.train)
-    run.print_plan(data, f"({args.group_size} + {args.guided_group_size} guided)",
+    memory = choose_memory(args)                      # may switch on checkpointing and offload
+    run.print_plan(data, memory, f"({args.group_size} + {args.guided_group_size} guided)",
                    strategies=f"found {found}, to extract {len(missing)}, in {path}")
     if args.dry_run:
         return
-    model = load_policy(args)                         # fp32 weights, sharded under torchrun
+    model = None
+    if not (args.extract_only and args.strategist):
+        model = load_policy(args)                     # fp32 weights, sharded under torchrun
     run.create(data)
     if missing:
         extract_strategies(missing, model, tokenizer, path, args)
-        attach_strategies(data.train, [], path, tokenizer, args)
+        attach_strategies(data.train, path, tokenizer, args)
+        check_strategies(data.train, [], args)
     if args.extract_only:
         return
     sft_warmup(model, tokenizer, data.warmup, run, args)
@@ -571,9 +585,7 @@ def main() -> None:
                                   weight_decay=args.weight_decay, fused=True)
     step = start = run.resume(model, optimizer)       # 0 for a new run
     if start == 0 and data.held_out:
-        metrics = evaluate(model, tokenizer, data.held_out, reward, args)
-        metrics |= evaluate(model, tokenizer, data.held_out, reward, args, guided=True)
-        run.log(0, metrics)
+        run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
     for step in range(start + 1, args.steps + 1):
         # ---- sample problems
@@ -592,7 +604,8 @@ def main() -> None:
         # ---- rewards and advantages
         rewards = reward(ro.texts, samples)                                           # [N]
         groups = gather(rewards[:num_auto].view(len(problems), args.group_size))      # [B, G], all processes
-        advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [b G]
+        advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
+        advantages = my_share(advantages).flatten()                                   # [b G]
         if not args.autonomous_grpo:
             advantages = torch.zeros_like(advantages)
         guidance, guided_metrics = guide(rewards, guided_samples, len(problems), args)
@@ -616,7 +629,6 @@ def main() -> None:
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:
             metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
-            metrics |= evaluate(model, tokenizer, data.held_out, reward, args, guided=True)
         run.log(step, metrics, samples, rewards.tolist(), ro.texts)
         if args.save_every and step % args.save_every == 0:
             run.save(step, model, optimizer)
@@ -667,6 +679,7 @@ Answer:
 
 {strategies}"""
 
+COPIED_FORM = "the kind of problem, as precisely as"  # of EXTRACTION_PROMPT: some models repeat the form
 PROBLEMS_AT_ONCE = 32   # per process, between two writes of the strategies file
 REQUESTS_AT_ONCE = 16   # to an endpoint
 ENDPOINT_RETRIES = 5
@@ -707,40 +720,46 @@ def is_endpoint(args: Args) -> bool:
     return (args.strategist or "").startswith(("http://", "https://"))
 
 
-def attach_strategies(train: list[dict], held_out: list[dict], path: Path, tokenizer,
-                      args: Args) -> list[dict]:
-    """Attach the file's strategies to the problems and return the problems that still need one.
-
-    Strategies that make the prompt too long are dropped. A problem for which the file holds no strategy is
-    asked again.
-    """
-    if args.distill == "none" or not (args.steps or args.extract_only):
-        return []
+def attach_strategies(problems: list[dict], path: Path, tokenizer, args: Args) -> None:
+    """Attach the file's strategies to the problems, and drop those that make the prompt too long."""
     strategies = read_strategies(path)
-    for problem in train:
-        if "strategy" not in problem and strategies.get(problem["problem"]):
-            problem["strategy"] = strategies[problem["problem"]]
     too_long = []
-    for problem in train + held_out:
-        if "strategy" in problem and not guided_prompt_fits(problem, problem["strategy"], tokenizer, args):
-            del problem["strategy"]
+    for problem in problems:
+        strategy = problem.get("strategy") or strategies.get(problem["problem"])
+        if strategy and guided_prompt_fits(problem, strategy, tokenizer, args):
+            problem["strategy"] = strategy
+        elif strategy:
+            problem.pop("strategy", None)
             too_long.append(problem["id"])
     if too_long:
         print(f"dropped {len(too_long)} strategies that make the prompt too long; first: id {too_long[0]}")
-    without = [problem for problem in train if "strategy" not in problem]
-    missing = [problem for problem in without if "solution" in problem and args.strategist != "none"]
-    if len(without) == len(train) and not missing:
-        refuse("none of the problems has a strategy or a solution: add one to the rows, name a file with "
-               "--strategies, or train without strategies with --distill none")
-    if without and not missing:
-        print(f"{len(without)} of {len(train)} problems have no strategy: they are trained by GRPO alone")
-    return missing
+
+
+def problems_to_extract(train: list[dict], args: Args) -> list[dict]:
+    """Return the problems with a solution that need a strategy. A problem without one is asked again."""
+    if args.distill == "none" or args.strategist == "none" or not (args.steps or args.extract_only):
+        return []
+    return [problem for problem in train if "solution" in problem and "strategy" not in problem]
+
+
+def check_strategies(train: list[dict], missing: list[dict], args: Args) -> None:
+    """Refuse problems of which none has or will get a strategy; print how many are trained by GRPO alone."""
+    if args.distill == "none" or not args.steps:
+        return
+    without = sum("strategy" not in problem for problem in train) - len(missing)
+    if without == len(train):
+        refuse("none of the problems has a strategy, or a solution to extract one from: add one to the rows, "
+               "name a file with --strategies, or train without strategies with --distill none")
+    if without:
+        print(f"{without} of {len(train)} problems have no strategy: they are trained by GRPO alone")
 
 
 def read_strategies(path: Path) -> dict[str, str | None]:
     """Return problem -> strategy of a strategies file; None if the extraction found none."""
     strategies = {}
-    for place, row in read_jsonl(path, skip_unfinished=True) if path.exists() else ():
+    if not path.exists():
+        return strategies
+    for place, row in read_jsonl(path, skip_unfinished=True):
         row = row if isinstance(row, dict) else {}
         strategy = row.get("strategy")
         if not isinstance(row.get("problem"), str) or not isinstance(strategy, str | None):
@@ -802,6 +821,7 @@ def extract(problems: list[dict], ask: Ask, tokenizer, args: Args) -> list[dict]
 
 
 def accepted(result: dict) -> list[dict]:
+    """Return a result's candidates that are not rejected."""
     return [candidate for candidate in result["candidates"] if "rejected" not in candidate]
 
 
@@ -893,8 +913,7 @@ def parse_strategy(answer: str) -> str | None:
         return None
     kind, strategy, steps = labels[first:first + 3]
     parts = [text[kind.end():strategy.start()], text[strategy.end():steps.start()], text[steps.end():]]
-    copied_form = "the kind of problem, as precisely as the subject's own terms allow"
-    if copied_form in text or not all(re.search(r"\w", part) for part in parts):
+    if COPIED_FORM in text or not all(re.search(r"\w", part) for part in parts):
         return None
     return text[kind.start():].strip()
 
@@ -938,7 +957,9 @@ def endpoint(args: Args) -> Ask:
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             answers = list(pool.map(lambda prompt: ask_one(prompt, temperature), prompts))
         if len(prompts) >= args.strategy_candidates and all(answer is None for answer in answers):
-            reason = errors[-1].replace(key, "***")  # servers repeat the key they refuse
+            reason = errors[-1]
+            if key != "none":
+                reason = reason.replace(key, "***")  # servers repeat the key they refuse
             refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests; the last one: "
                    f"{reason}; strategies found so far are kept: --resume asks for the rest, "
                    "--strategist none trains without them")

@@ -1,11 +1,11 @@
 """TGPO (Teacher-Guided Policy Optimization): GRPO plus the teacher's next token at every student prefix.
 
 What differs from grpo_baseline.py (formulas beside the functions; the paper is arXiv 2605.13230):
-  1. A frozen teacher reads the student's samples, token ids as sampled, and says what IT would write next.
+  1. A frozen teacher reads the student's samples and predicts the next token at each of their positions.
   2. Loss: + lambda_k x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong samples alike.
-  3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. Above 0, groups of equal rewards train, too.
+  3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. While it is above 0, groups of equal rewards train.
   4. METHODS has what TGPO is compared with: other labels, TGPO-Adv, RKL (OPD), KDRL, reverse KL.
-  5. Student and teacher are compared on the ids that both tokenizers have; their end tokens mean the same.
+  5. Student and teacher are compared on the ids that both tokenizers have; their end tokens count as one.
 
     python tgpo.py                                     # the built-in demo: CPU, offline, a minute
     python tgpo.py --model Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-30B-A3B-Thinking-2507
@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    DEVICE, Fp32Head, Run, RunFlags, build_prompt, check_context, clip_gradient, completion_hidden,
-    end_token_id, flag, gather, generate_in_pieces, learning_rate, load_data, load_model, load_policy,
-    load_reward, load_tokenizer, microbatches, my_share, parse_args, problems_of_step, program, refuse,
-    seed_everything, sft_warmup, shard, stop_ids, sum_over_processes, world_size)
+    DEVICE, Fp32Head, Run, RunFlags, build_prompt, check_context, choose_memory, clip_gradient,
+    completion_hidden, end_token_id, flag, gather, generate_in_pieces, learning_rate, load_data, load_model,
+    load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args, problems_of_step, program,
+    refuse, seed_everything, sft_warmup, shard, stop_ids, sum_over_processes, world_size)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
 # (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
@@ -129,7 +129,7 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
     )
     completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
@@ -198,7 +198,7 @@ def coefficient(step: int, start: float, fall: float) -> float:
 
 
 def chosen_logps(logits: Tensor, ids: Tensor) -> Tensor:
-    """Return log pi(id), [m], from logits [m, V]; an id outside gives a finite value, to be masked later."""
+    """Return log pi(id), [m], from logits [m, V]. Ids outside are clamped; their values are masked later."""
     inside = ids.clamp(0, logits.shape[-1] - 1)
     return logits.gather(-1, inside[:, None])[:, 0] - logits.logsumexp(-1)
 
@@ -231,14 +231,15 @@ def label_bonus(old_label_logps: Tensor) -> Tensor:
 
 
 def rkl_advantages(old_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Return RKL's (OPD's) A_it = log pi_T(a) - log pi_old(a), [n, C]: of one token, without a return."""
+    """Return RKL's (OPD's) A_it = log pi_T(a) - log pi_old(a), [n, C]. Later tokens do not enter."""
     return teacher_logps - old_logps
 
 
 def k2(logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Return KDRL's (log pi_T(a) - log pi(a))^2 / 2, [m]. Its expected gradient is that of the reverse KL.
 
-    As a loss k3 = r - 1 - log r, r = pi_T / pi, would have the gradient of the FORWARD KL; k1 = -log r none.
+    As a loss, k3 = r - 1 - log r with r = pi_T / pi would follow the gradient of the FORWARD KL, and
+    k1 = -log r would have an expected gradient of 0.
     """
     return (teacher_logps - logps).square() / 2
 
@@ -257,12 +258,39 @@ def entropy_with_gradient(logits: Tensor) -> Tensor:
 
 
 @dataclass
+class Advice:
+    """What the teacher says about every token of a rollout, [N, C] each."""
+    labels: Tensor      # what it would write here, as a student's id; -1 if the student has no such token
+    logps: Tensor       # log pi_T(a) of the student's token, over the shared ids
+    agrees: Tensor      # True if its argmax is the student's token
+    top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 without --topk
+    top_logits: Tensor  # [N, C, k]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Advice":
+        """Return the advice with a function applied to every tensor, for example a selection."""
+        return Advice(**{name: function(tensor) for name, tensor in vars(self).items()})
+
+
+@dataclass
+class Scores:
+    """What the student's distribution gives for every completion token, [n, C] each, 0 behind the end."""
+    logps: Tensor         # log pi(a) over the full vocabulary
+    entropy: Tensor       # in nats
+    shared_logps: Tensor  # log pi(a) over the ids that both tokenizers have
+    label_logps: Tensor   # log pi(y*) over these ids
+    guide_loss: Tensor    # the method's loss; 0 if it has none
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "Scores":
+        return Scores(**{name: function(tensor) for name, tensor in vars(self).items()})
+
+
+@dataclass
 class Chunk:
     """What a method's loss may use, for m tokens."""
     logits: Tensor          # [m, V] the student's, of the ids that both tokenizers have
     logps: Tensor           # [m] log pi(a) over these ids
     label_logps: Tensor     # [m] log pi(y*)
-    advice: "Advice"        # [m]
+    advice: Advice          # [m]
     teacher_logits: Tensor | None  # [m, V], only if the method compares full distributions
 
 
@@ -273,7 +301,7 @@ class Method:
     fall: float             # decrease of the weight per step
     reward_weight: float    # weight of the reward's advantage
     loss: Callable[[Chunk], Tensor] | None = None   # [m], added to the policy loss
-    bonus: Callable[["Scores", "Advice", Tensor], Tensor] | None = None  # [n, C], added to the advantage
+    bonus: Callable[[Scores, Advice, Tensor], Tensor] | None = None  # [n, C], added to the advantage
     uses_labels: bool = False    # tokens whose label the student's tokenizer lacks are left out
     uses_logps: bool = False     # tokens that the teacher's tokenizer lacks are left out
     draws_labels: bool = False   # the label is drawn from the teacher, not its argmax
@@ -286,7 +314,7 @@ def reverse_kl_of(c: Chunk) -> Tensor:
     return reverse_kl(c.logits.gather(-1, c.advice.top_ids), c.advice.top_logits)
 
 
-def matched_label_bonus(old: "Scores", advice: "Advice", ids: Tensor) -> Tensor:
+def matched_label_bonus(old: Scores, advice: Advice, ids: Tensor) -> Tensor:
     """Return TGPO-Adv's bonus only where the sampled token is the label, [n, C]."""
     return label_bonus(old.label_logps) * (advice.labels == ids)
 
@@ -309,20 +337,6 @@ METHODS = {
 
 
 # ---------------------------------------------------------------- teacher
-
-@dataclass
-class Advice:
-    """What the teacher says about every token of a rollout, [N, C] each."""
-    labels: Tensor      # what it would write here, as a student's id; -1 if the student has no such token
-    logps: Tensor       # log pi_T(a) of the student's token, over the shared ids
-    agrees: Tensor      # True if its argmax is the student's token
-    top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 without --topk
-    top_logits: Tensor  # [N, C, k]
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "Advice":
-        """Return the advice with a function applied to every tensor, for example a selection."""
-        return Advice(**{name: function(tensor) for name, tensor in vars(self).items()})
-
 
 class Teacher:
     """A frozen model that reads the student's token ids: in bf16 with --bf16, sharded over the processes."""
@@ -361,8 +375,9 @@ class Teacher:
         """Return its logits [m, V] from hidden states, with its end token in the place of the student's."""
         logits = Fp32Head(self.model)(hidden) / self.args.temperature
         ends = [self.student_end, self.teacher_end]
+        swapped = [self.teacher_end, self.student_end]
         if self.student_end != self.teacher_end and max(ends) < logits.shape[-1]:
-            logits[:, ends] = logits[:, ends[::-1]]
+            logits[:, ends] = logits[:, swapped]
         return logits
 
     def advice_on(self, hidden: Tensor, ids: Tensor) -> Advice:
@@ -402,7 +417,7 @@ class Teacher:
                 chunks = [self.advice_on(h, i) for h, i in zip(hidden.split(size), ids.split(size))]
             sample, t = mask.nonzero(as_tuple=True)
             sample = torch.tensor(idx, device=mask.device, dtype=torch.long)[sample]
-            if advice is None:
+            if advice is None:  # zeros for all samples, [N, C] and [N, C, k]
                 advice = chunks[0].apply(lambda x: x.new_zeros(*ro.mask.shape, *x.shape[1:]).to(mask.device))
             for name, tensor in vars(advice).items():
                 values = torch.cat([getattr(chunk, name) for chunk in chunks])
@@ -455,19 +470,6 @@ def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return logps, entropy
 
 
-@dataclass
-class Scores:
-    """What the student's distribution gives for every completion token, [n, C] each, 0 behind the end."""
-    logps: Tensor         # log pi(a) over the full vocabulary
-    entropy: Tensor       # in nats
-    shared_logps: Tensor  # log pi(a) over the ids that both tokenizers have
-    label_logps: Tensor   # log pi(y*) over these ids
-    guide_loss: Tensor    # the method's loss; 0 if it has none
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> "Scores":
-        return Scores(**{name: function(tensor) for name, tensor in vars(self).items()})
-
-
 def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, advice: Advice | None,
                  method: Method, args: Args) -> Scores:
     """Return the student's scores of every completion token.
@@ -501,7 +503,8 @@ def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, ad
 
     chunks = []
     teacher_hidden = teacher.hidden(ro, idx) if compares_all else None     # [M, d]
-    advice = advice and advice.apply(lambda x: x[idx][mask])               # [M]
+    if advice is not None:
+        advice = advice.apply(lambda x: x[idx][mask])                      # [M]
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
         hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
         head = Fp32Head(model)
@@ -509,13 +512,15 @@ def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, ad
         size = head.tokens_per_chunk
         for start in range(0, max(len(hidden), 1), size):
             part = slice(start, start + size)
-            inputs = (hidden[part], targets[part],
-                      advice and advice.apply(lambda x: x[part]),
-                      teacher_hidden[part] if compares_all else None)
-            chunks.append(checkpoint(of_chunk, *inputs, use_reentrant=False, preserve_rng_state=False))
-    columns = zip(*(vars(chunk).values() for chunk in chunks))
-    scores = Scores(*(torch.cat(parts) for parts in columns))
-    return scores.apply(lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x))
+            told = None if advice is None else advice.apply(lambda x: x[part])
+            theirs = teacher_hidden[part] if compares_all else None
+            chunks.append(checkpoint(of_chunk, hidden[part], targets[part], told, theirs,
+                                     use_reentrant=False, preserve_rng_state=False))
+    scores = {}
+    for name in Scores.__dataclass_fields__:
+        values = torch.cat([getattr(chunk, name) for chunk in chunks])     # [M]
+        scores[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
+    return Scores(**scores)
 
 
 # ---------------------------------------------------------------- update
@@ -552,7 +557,8 @@ def scores_before_update(model, ro: Rollout, samples: list[int], teacher: Teache
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
     """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
-    sums = dict(zip(sums, sum_over_processes(*sums.values())))
+    totals = sum_over_processes(*sums.values())
+    sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
     metrics = {
         "loss": sums["loss"] / max(len(grad_norms), 1),
@@ -574,10 +580,9 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher | None, coef: float,
            args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout, whose samples have these advantages [N]; return the metrics.
+    """Run all optimizer steps for one rollout, whose samples have these advantages [b G]; return the metrics.
 
-    Samples without a gradient are skipped, but they count in the normalizer: their advantage is 0, and the
-    guidance's weight `coef` is 0, too.
+    Skip samples without a gradient (advantage 0 while `coef` is 0). The normalizer counts them.
     """
     method = METHODS[args.guidance] if coef else METHODS["none"]
     advantages = advantages * args.reward_weight
@@ -587,13 +592,13 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     if method is not METHODS["none"] or args.entropy_bonus:
         has_gradient = [True] * len(advantages)
     advantages = advantages.to(ro.mask.device)
-    all_trained = np.flatnonzero(has_gradient).tolist()
+    all_trained = [i for i, trains in enumerate(has_gradient) if trains]
     advice = teacher.read(ro, all_trained) if teacher else None
-    guided_mask = ro.mask  # [N, C] tokens that the guidance has something to say about
+    advised_mask = ro.mask  # [N, C] tokens that the guidance has something to say about
     if method.uses_labels:
-        guided_mask = ro.mask & (advice.labels >= 0)
+        advised_mask = ro.mask & (advice.labels >= 0)
     if method.uses_logps:
-        guided_mask = ro.mask & (ro.completions < teacher.num_shared)
+        advised_mask = ro.mask & (ro.completions < teacher.num_shared)
     old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
         old_scores = scores_before_update(model, ro, all_trained, teacher, advice, method, args)
@@ -605,30 +610,34 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
     for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
         samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        num_samples, num_tokens, num_guided = sum_over_processes(
-            len(samples), ro.mask[samples].sum(), guided_mask[samples].sum())
+        num_samples, num_tokens, num_advised = sum_over_processes(
+            len(samples), ro.mask[samples].sum(), advised_mask[samples].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
-        guide_weights = token_weights(guided_mask, args.loss_type, args.max_new_tokens, num_samples,
-                                      num_guided)
+        advised_weights = token_weights(advised_mask, args.loss_type, args.max_new_tokens, num_samples,
+                                      num_advised)
 
         # 1. GRPO + guidance: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
+        # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in microbatches(trained, lengths, args.microbatch_tokens):
             mask = ro.mask[idx]                                            # [n, C]
             ids = ro.completions[idx]                                      # [n, C]
             scores = token_scores(model, ro, idx, teacher, advice, method, args)
-            old = scores.apply(Tensor.detach) if old_scores is None else old_scores.apply(lambda x: x[idx])
-            told = advice and advice.apply(lambda x: x[idx])               # [n, C]
+            if old_scores is None:
+                old = scores.apply(Tensor.detach)
+            else:
+                old = old_scores.apply(lambda x: x[idx])
+            told = None if advice is None else advice.apply(lambda x: x[idx])  # [n, C]
             A = advantages[idx]                                            # [n]
             if method.bonus:
-                A = A[:, None] + coef * guided_mask[idx] * method.bonus(old, told, ids)  # [n, C]
+                A = A[:, None] + coef * advised_mask[idx] * method.bonus(old, told, ids)  # [n, C]
             loss_per_token, clipped = policy_loss(scores.logps, old.logps, A, mask, args.clip_low,
                                                   args.clip_high)
             loss_per_token = loss_per_token - args.entropy_bonus * scores.entropy
             loss = (loss_per_token * weights[idx, None]).sum()
             if method.loss:
-                guide_loss = scores.guide_loss * guided_mask[idx]
-                loss = loss + coef * (guide_loss * guide_weights[idx, None]).sum()
+                guide_loss = scores.guide_loss * advised_mask[idx]
+                loss = loss + coef * (guide_loss * advised_weights[idx, None]).sum()
             loss.backward()
             if teacher:
                 for name, value in divergence(old, told, ids, mask, teacher).items():
@@ -692,7 +701,8 @@ def main() -> None:
     data = load_data(args, tokenizer, reward)
     if args.teacher:
         check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.held_out)
-    run.print_plan(data, f"{args.group_size}")
+    memory = choose_memory(args)                      # may switch on checkpointing and offload
+    run.print_plan(data, memory, f"{args.group_size}")
     if args.dry_run:
         return
     model = load_policy(args)                         # fp32 weights, sharded under torchrun
@@ -711,18 +721,19 @@ def main() -> None:
         # ---- sample problems
         seed_everything(args.seed, "step", step)
         problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
-        samples = [problem for problem in problems for _ in range(args.group_size)]                # N
+        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
 
         # ---- rollout
         rollout_start = time.perf_counter()
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
         ro = rollout(model, tokenizer, prompts, args.temperature, args)
         rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
         rewards = reward(ro.texts, samples)                                           # [N]
         groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
-        advantages = my_share(group_advantages(groups, args.scale_rewards)).flatten()  # [N]
+        advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
+        advantages = my_share(advantages).flatten()                                   # [b G]
 
         # ---- update
         train_start = time.perf_counter()

@@ -18,8 +18,12 @@ import common
 import reference
 from conftest import ROOT, read_jsonl, run_main, small_model, small_tokenizer, write_jsonl
 
-METRICS = {"gspo": "gspo/ratio_moved", "cispo": "cispo/saved_frac", "luffy": "luffy/solution_prob",
-           "hpt": "hpt/sft_frac"}
+METRICS = {
+    "gspo": "gspo/ratio_moved",
+    "cispo": "cispo/saved_frac",
+    "luffy": "luffy/solution_prob",
+    "hpt": "hpt/sft_frac",
+}
 TOKENIZER = small_tokenizer()
 LONGEST = 6
 # Problems, three samples of each, its solution. A "+" is correct; LONGEST tokens cut three texts off.
@@ -43,10 +47,12 @@ def folder(tmp_path_factory) -> Path:
         diff = ROOT / "tests" / "forks" / f"{name}.diff"
         command = ["patch", "-s", "-F0", "-o", path / f"{name}.py", ROOT / "grpo_baseline.py", diff]
         subprocess.run(command, check=True)
-    (path / "reward.py").write_text("def plus(response, row):\n    return float('+' in response)\n\n"
-                                    "def even(response, row):\n    return float(len(response) % 2 == 0)\n")
-    write_jsonl(path / "rows.jsonl", [{"problem": problem, "answer": "1", "solution": solution}
-                                      for problem, (_, solution) in WRITTEN.items()])
+    reward = "def plus(response, row):\n    return float('+' in response)\n"
+    (path / "reward.py").write_text(reward)
+    rows = []
+    for problem, (_, solution) in WRITTEN.items():
+        rows.append({"problem": problem, "answer": "1", "solution": solution})
+    write_jsonl(path / "rows.jsonl", rows)
     return path
 
 
@@ -55,11 +61,24 @@ def run_fork(folder, model_dirs, tmp_path, monkeypatch):
     """Return a function that runs a fork and returns its metrics."""
     monkeypatch.syspath_prepend(folder)
 
-    def run(name: str, **flags) -> list[dict]:
-        flags = {"model": model_dirs["qwen2"], "dataset": folder / "rows.jsonl", "out": tmp_path / "run",
-                 "reward": f"{folder}/reward.py:plus", "prompts_per_step": 4, "group_size": 3, "lr": 0.01,
-                 "max_new_tokens": LONGEST, "system_prompt": "", "warmup_frac": 0, "microbatch_tokens": 60,
-                 "max_grad_norm": 1e9, "seed": SEED, "steps": 1, **flags}
+    def run(name: str, **more) -> list[dict]:
+        flags = {
+            "model": model_dirs["qwen2"],
+            "dataset": folder / "rows.jsonl",
+            "reward": f"{folder}/reward.py:plus",
+            "out": tmp_path / "run",
+            "steps": 1,
+            "prompts_per_step": 4,
+            "group_size": 3,
+            "max_new_tokens": LONGEST,
+            "lr": 0.01,
+            "system_prompt": "",
+            "warmup_frac": 0,
+            "microbatch_tokens": 60,
+            "max_grad_norm": 1e9,
+            "seed": SEED,
+        }
+        flags |= more
         assert run_main(name, *[f"--{flag}={value}" for flag, value in flags.items()]) == 0
         return read_jsonl(tmp_path / "run" / "metrics.jsonl")
 
@@ -75,16 +94,6 @@ def test_a_fork_is_small_and_says_what_it_is(name):
     assert "arXiv" in header.splitlines()[0]
     assert METRICS[name] in header
     assert max(map(len, text.splitlines())) <= 1 + 110
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_a_fork_trains(name, folder, run_fork):
-    metrics = run_fork(name, steps=2, reward=f"{folder}/reward.py:even", group_size=4)
-    assert [row["step"] for row in metrics] == [1, 2]
-    for row in metrics:
-        assert METRICS[name] in row
-        assert all(math.isfinite(value) for value in row.values())
-        assert row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", ["luffy", "hpt"])
@@ -132,41 +141,53 @@ def samples_of(problems: list[str]):
 
 
 def gspo(model, old_model, problems: list[str], clip_low=3e-4, clip_high=4e-4):
-    loss, moved = 0.0, []
+    loss = 0.0
+    moved = []
     for problem, completion, A in samples_of(problems):
         s = log_ratios(model, old_model, problem, completion).mean().exp()                # Eq. 7
-        loss = loss - torch.minimum(s * A, s.clamp(1 - clip_low, 1 + clip_high) * A)      # Eq. 5
-        moved += [abs(s.item() - 1)] * len(completion) if A else []
+        clipped = s.clamp(1 - clip_low, 1 + clip_high)
+        loss = loss - torch.minimum(s * A, clipped * A)                                   # Eq. 5
+        if A:
+            moved += [abs(s.item() - 1)] * len(completion)
     return loss / (3 * len(problems)), moved
 
 
 def cispo(model, old_model, problems: list[str], clip_low=math.inf, clip_high=4.0):
-    loss, saved, num_tokens = 0.0, [], 0
+    loss = 0.0
+    saved = []
+    num_tokens = 0
     for problem, completion, A in samples_of(problems):
         rho = log_ratios(model, old_model, problem, completion).exp().detach()
         weight = rho.clamp(1 - clip_low, 1 + clip_high)                                   # Eq. 5
         loss = loss - (weight * A * logps_of(model, problem, completion)).sum()           # Eq. 4
         dropped_by_grpo = rho > 1.28 if A > 0 else rho < 0.8
-        saved += dropped_by_grpo.tolist() if A else []
+        if A:
+            saved += dropped_by_grpo.tolist()
         num_tokens += len(completion)
     return loss / num_tokens, saved
 
 
 def luffy(model, old_model, problems: list[str], shaping=0.1):
-    loss, solution_probs = 0.0, []
+    loss = 0.0
+    solution_probs = []
     for problem in problems:
         (*samples, solution), rewards = graded(problem)
         mean = sum(rewards) / 4                                                           # Eq. 2
         for completion, reward in zip(samples, rewards):
-            loss = loss - (reward - mean) * log_ratios(model, old_model, problem, completion).exp().sum()
+            rho = log_ratios(model, old_model, problem, completion).exp()
+            loss = loss - (reward - mean) * rho.sum()
         p = logps_of(model, problem, solution).exp()
         loss = loss - (rewards[3] - mean) * (p / (p + shaping)).sum()                     # Eq. 5
-        solution_probs += p.tolist() if rewards[3] != mean else []
+        if rewards[3] != mean:
+            solution_probs += p.tolist()
     return loss / (4 * len(problems) * LONGEST), solution_probs
 
 
 def hpt(model, old_model, problems: list[str], gate=0, sft_weight=1.0):
-    rl, sft, num_taught, by_sft = 0.0, 0.0, 0, []
+    rl = 0.0
+    sft = 0.0
+    num_taught = 0
+    by_sft = []
     for problem in problems:
         (*samples, solution), rewards = graded(problem)
         by_sft.append(sum(rewards[:3]) <= gate)                                           # Eq. 8, 10
@@ -176,27 +197,29 @@ def hpt(model, old_model, problems: list[str], gate=0, sft_weight=1.0):
             continue
         mean = sum(rewards[:3]) / 3
         for completion, reward in zip(samples, rewards):
-            rl = rl - (reward - mean) * log_ratios(model, old_model, problem, completion).exp().sum()  # Eq. 11
-    return rl / (3 * len(problems) * LONGEST) + sft_weight * sft / max(num_taught, 1), by_sft  # Eq. 13
+            rho = log_ratios(model, old_model, problem, completion).exp()
+            rl = rl - (reward - mean) * rho.sum()                                         # Eq. 11
+    rl = rl / (3 * len(problems) * LONGEST)
+    sft = sft / max(num_taught, 1)
+    return rl + sft_weight * sft, by_sft                                                  # Eq. 13
 
 
-NEAR = {"updates_per_rollout": 2, "lr": 5e-4}  # the second update's ratios are on both sides of the bounds
-CASES = [
-    (gspo, NEAR, {}),
-    (gspo, NEAR, {"clip_low": 0.01, "clip_high": 0.005}),
-    (cispo, {"updates_per_rollout": 2, "lr": 0.05}, {}),
-    (cispo, {"updates_per_rollout": 2}, {"clip_low": 0.1, "clip_high": 0.05}),
-    (luffy, {}, {}),
-    (luffy, {"updates_per_rollout": 2}, {"shaping": 0.5}),
-    (hpt, {}, {}),
-    (hpt, {}, {"gate": 2}),
-    (hpt, {}, {"gate": -1}),
-    (hpt, {"updates_per_rollout": 2}, {"gate": 1, "sft_weight": 0.3}),
+CASES = [  # method, updates per rollout, learning rate, constants of the method
+    (gspo, 2, 5e-4, {}),
+    (gspo, 2, 5e-4, {"clip_low": 0.01, "clip_high": 0.005}),
+    (cispo, 2, 0.05, {}),
+    (cispo, 2, 0.01, {"clip_low": 0.1, "clip_high": 0.05}),
+    (luffy, 1, 0.01, {}),
+    (luffy, 2, 0.01, {"shaping": 0.5}),
+    (hpt, 1, 0.01, {}),
+    (hpt, 1, 0.01, {"gate": 2}),
+    (hpt, 1, 0.01, {"gate": -1}),
+    (hpt, 2, 0.01, {"gate": 1, "sft_weight": 0.3}),
 ]
 
 
-@pytest.mark.parametrize("method, how, constants", CASES)
-def test_loss_gradient_and_metric_are_the_papers(method, how, constants, run_fork, monkeypatch):
+@pytest.mark.parametrize("method, num_updates, lr, constants", CASES)
+def test_loss_gradient_and_metric_are_the_papers(method, num_updates, lr, constants, run_fork, monkeypatch):
     name = method.__name__
     fork = importlib.import_module(name)
     taken = Counter()
@@ -221,12 +244,13 @@ def test_loss_gradient_and_metric_are_the_papers(method, how, constants, run_for
     monkeypatch.setattr(fork, "generate_in_pieces", written)
     monkeypatch.setattr(fork, "clip_gradient", record)
     group_size = 4 if method is luffy else 3
-    metrics, = run_fork(name, group_size=group_size, **how, **constants)
-    assert len(updates) == how.get("updates_per_rollout", 1)
+    metrics, = run_fork(name, group_size=group_size, updates_per_rollout=num_updates, lr=lr, **constants)
+    assert len(updates) == num_updates
     old_model = small_model(tie_word_embeddings=True).double()
-    losses, numbers = [], []
-    for k, (model, gradient) in enumerate(updates):
-        problems = ORDER[k * 4 // len(updates):(k + 1) * 4 // len(updates)]
+    losses = []
+    numbers = []
+    slices = [ORDER] if num_updates == 1 else [ORDER[:2], ORDER[2:]]
+    for (model, gradient), problems in zip(updates, slices):
         loss, more = method(model, old_model, problems, **constants)
         exact = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
         assert (gradient - exact).norm() < 1e-4 * exact.norm()

@@ -66,31 +66,32 @@ def test_bf16_teacher_is_close_to_fp32(model_dirs):
     for bf16 in (False, True):
         args = tgpo.Args(teacher=str(model_dirs["llama"]), bf16=bf16, guidance="tgpo-topk")
         tgpo.check_args(args)
-        advice.append(tgpo.Teacher(args, tokenizer, tokenizer, [257]).read(ro, [0, 1]))
+        teacher = tgpo.Teacher(args, tokenizer, tokenizer, [257])
+        assert teacher.model.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        advice.append(teacher.read(ro, [0, 1]))
     assert 0 < (advice[0].logps - advice[1].logps).abs().mean() < 0.1
     assert (advice[0].labels == advice[1].labels).float().mean() > 0.8
     assert advice[1].top_ids.shape == (2, 12, 20)
 
 
-WARM_UP = ["--warmup_frac", 0.5, "--warmup_epochs", 2]
-
-
 @pytest.mark.parametrize("script, flags", [
-    ("grpo_baseline", [*WARM_UP, "--activation_checkpointing", True]),
-    ("grpo_baseline", [*WARM_UP, "--cpu_offload", True]),
-    ("sgpo", ["--updates_per_rollout", 2]),
-    ("sgpo", ["--cpu_offload", True, "--target", "all"]),
-    ("tgpo", ["--teacher_offload", True]),
-    ("tgpo", ["--cpu_offload", True, "--guidance", "reverse-kl"]),
+    ("grpo_baseline", "--warmup_frac 0.5 --warmup_epochs 2 --activation_checkpointing"),
+    ("grpo_baseline", "--warmup_frac 0.5 --warmup_epochs 2 --cpu_offload"),
+    ("sgpo", "--updates_per_rollout 2"),
+    ("sgpo", "--cpu_offload --target all"),
+    ("tgpo", "--teacher_offload"),
+    ("tgpo", "--cpu_offload --guidance reverse-kl"),
 ])
 def test_bf16_run_and_its_resume(script, flags, train, tmp_path):
-    rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": "==",
-             "strategy": f"Type: sum. Strategy: double. Steps: double {i}."} for i in range(12)]
-    flags = ["--dataset", write_jsonl(tmp_path / "rows.jsonl", rows[2:]), "--eval_samples", 1,
-             "--eval_dataset", write_jsonl(tmp_path / "held_out.jsonl", rows[:2]), "--bf16", True,
-             "--warmup_frac", 0, *flags]
-    train(script, *flags, "--steps", 1)
-    run = train(script, *flags, "--steps", 2, "--resume", True)
+    rows = []
+    for i in range(12):
+        rows.append({"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": "==",
+                     "strategy": f"Type: sum. Strategy: double. Steps: double {i}."})
+    dataset = write_jsonl(tmp_path / "rows.jsonl", rows[2:])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:2])
+    words = f"--dataset {dataset} --eval_dataset {held_out} --eval_samples 1 --bf16 --warmup_frac 0 {flags}"
+    train(script, *words.split(), "--steps", 1)
+    run = train(script, *words.split(), "--steps", 2, "--resume")
     metrics = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2]
     for row in metrics[1:]:

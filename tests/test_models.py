@@ -154,9 +154,20 @@ def test_completions_must_fit_into_the_context(model_dirs, capsys):
 # ---- memory
 
 @pytest.fixture
-def billion(monkeypatch):
-    """Give every model 1e9 parameters: training takes 16 GB, the sampling copy 2 GB, a teacher 2 GB."""
+def plan(monkeypatch):
+    """Return a function that plans a run whose models have 1e9 parameters: its flags and its line.
+
+    Training takes 16 GB, the sampling copy 2 GB, a teacher 2 GB.
+    """
     monkeypatch.setattr(common, "count_parameters", lambda name, flag: 10 ** 9)
+    monkeypatch.setattr(common, "check_room", lambda host, disk, out: None)
+
+    def run(card: float = math.inf, script=grpo_baseline, **flags):
+        args = script.Args(model="m", out="run", **flags)
+        line = common.choose_memory(args, card)
+        return args, line
+
+    return run
 
 
 @pytest.mark.parametrize("card, checkpointing, offload", [
@@ -164,9 +175,8 @@ def billion(monkeypatch):
     (143.9e9, True, False),
     (24.1e9, True, False),
     (23.9e9, True, True)])
-def test_a_small_card_switches_checkpointing_and_offload_on(card, checkpointing, offload, billion):
-    args = grpo_baseline.Args(model="m")
-    line = common.plan_memory(args, card)
+def test_a_small_card_switches_checkpointing_and_offload_on(card, checkpointing, offload, plan):
+    args, line = plan(card)
     assert args.activation_checkpointing == checkpointing
     assert args.cpu_offload == offload
     assert line.startswith("18 GB a process")
@@ -175,23 +185,31 @@ def test_a_small_card_switches_checkpointing_and_offload_on(card, checkpointing,
 
 
 @pytest.mark.parametrize("given, card", [(False, 1e9), (True, math.inf)])
-def test_given_memory_flags_are_kept(given, card, billion):
-    args = grpo_baseline.Args(model="m", activation_checkpointing=given, cpu_offload=given)
-    common.plan_memory(args, card)
+def test_given_memory_flags_are_kept(given, card, plan):
+    args, line = plan(card, activation_checkpointing=given, cpu_offload=given)
     assert args.activation_checkpointing is given
     assert args.cpu_offload is given
 
 
 @pytest.mark.parametrize("device, needed", [(None, "20 GB"), ("cuda:1", "18 GB")])
-def test_a_teacher_on_the_same_card_takes_memory(device, needed, billion):
-    args = tgpo.Args(model="m", teacher="t", teacher_device=device)
-    assert common.plan_memory(args, 1e12).startswith(needed)
+def test_a_teacher_on_the_same_card_takes_memory(device, needed, plan):
+    args, line = plan(script=tgpo, teacher="t", teacher_device=device)
+    assert line.startswith(needed)
 
 
-def test_processes_share_what_training_takes(billion, monkeypatch):
+def test_processes_share_what_training_takes(plan, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 4)
-    args = grpo_baseline.Args(model="m")
-    assert common.plan_memory(args, 1e12).startswith("6 GB")
+    args, line = plan()
+    assert line.startswith("6 GB")
+
+
+@pytest.mark.parametrize("host, disk, message", [
+    (1e18, 0, "--cpu_offload needs 1e+09 GB of host memory"),
+    (0, 1e18, "checkpoints and model need 1e+09 GB of disk")])
+def test_a_run_that_does_not_fit_into_host_memory_or_disk_is_refused(host, disk, message, tmp_path, capsys):
+    out = str(tmp_path / "new" / "run")
+    assert message in refusal(capsys, common.check_room, host, disk, out)
+    common.check_room(0, 0, out)
 
 
 def test_parameters_are_counted_from_the_config(model_dirs):

@@ -140,7 +140,8 @@ def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
     screen = tmp_path / "screen"
     run = tmp_path / "two"
     argv_now = [*argv, "--out", run, "--steps", 1]
-    assert in_two_processes(run_main, "sgpo", *argv_now, screen=screen) == [0, 0]
+    codes = in_two_processes(run_main, "sgpo", *argv_now, screen=screen)
+    assert codes == [0, 0], screen.read_text()
     assert run_script("sgpo", *argv, "--out", tmp_path / "one", "--steps", 0) == 0
 
     assert screen.read_text().count("strategies: 6 of 6 problems done") == 1

@@ -338,6 +338,11 @@ def test_microbatches_hold_every_sample_once_within_the_budget():
         assert batch == [5] or len(batch) * longest <= 100
 
 
-def test_microbatches_of_few_samples():
-    assert common.microbatches([1, 0], [9, 9], 100) == [[0, 1]]
-    assert common.microbatches([], [9, 9], 100) == []
+@pytest.mark.parametrize("lengths, budget, expected", [
+    ([10] * 5, 30, [[0, 1, 2], [3, 4]]),
+    ([1, 100, 1], 1000, [[1], [0, 2]]),  # padding would cost more than another pass
+    ([9, 9], 100, [[0, 1]]),
+    ([], 100, [])])
+def test_microbatches(lengths, budget, expected, monkeypatch):
+    monkeypatch.setattr(common, "PASS_COST", 32)
+    assert common.microbatches(range(len(lengths)), lengths, budget) == expected

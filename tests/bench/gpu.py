@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -107,18 +106,6 @@ def tests(out: Path) -> Rows:
         raise AssertionError(last)
 
 
-def demo(out: Path) -> Rows:
-    """Run `python sgpo.py`."""
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["sgpo.py", "--out", f"{folder}/run"]
-        if TOY:
-            sys.argv += ["--steps", "2", "--eval_samples", "1"]
-        seconds, _ = measure(sgpo.main)
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    yield "Demo", {"script": "sgpo.py", "steps": rows[-1]["step"], "before": rows[0]["eval/accuracy"],
-                   "after": rows[-1]["eval/accuracy"], "seconds": seconds}
-
-
 def one_step(script: str, size: str, *flags, out: Path) -> Rows:
     """Measure the second of two steps: time, memory, and the shares of what the card could do."""
     config = step.CONFIGS[config_name(size)]
@@ -178,7 +165,6 @@ def head(out: Path) -> Rows:
 LARGE = ("--microbatch_tokens", 65_536)
 PARTS = {  # the most valuable first: what it runs, and how many seconds it may take
     "tests": (tests, 240),
-    "demo": (demo, 300),
     "sgpo-0.5b": (partial(one_step, "sgpo", "0.5b"), 150),
     "sgpo-1.5b": (partial(one_step, "sgpo", "1.5b"), 180),
     "tgpo-1.5b": (partial(one_step, "tgpo", "1.5b"), 180),
@@ -189,7 +175,7 @@ PARTS = {  # the most valuable first: what it runs, and how many seconds it may 
     "sgpo-3b": (partial(one_step, "sgpo", "3b"), 210),
     "trl-0.5b": (partial(against_trl, "0.5b"), 400),
 }
-TOY_PARTS = ("tests", "demo", "sgpo-0.5b", "tgpo-1.5b", "trl-1.5b", "head")  # the others are the same there
+TOY_PARTS = ("tests", "sgpo-0.5b", "tgpo-1.5b", "trl-1.5b", "head")  # the others are the same there
 
 
 # ---------------------------------------------------------------- the command

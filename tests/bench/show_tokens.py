@@ -57,7 +57,7 @@ def read_target(model, tokenizer, problem: dict, text: str, args: sgpo.Args) -> 
 def find_targets(run: Path, args: sgpo.Args, tokenizer, count: int) -> list[tuple[dict, str]]:
     """Return problems with a strategy and a correct guided completion of each, the last ones of the run."""
     problems, _ = common.load_sources(args)
-    sgpo.attach_strategies(problems, [], Path(args.strategies or run / "strategies.jsonl"), tokenizer, args)
+    sgpo.attach_strategies(problems, Path(args.strategies or run / "strategies.jsonl"), tokenizer, args)
     by_id = {problem["id"]: problem for problem in problems if "strategy" in problem}
     found = {}
     samples = [sample for _, sample in common.read_jsonl(run / "samples.jsonl")]

@@ -61,6 +61,11 @@ CONFIGS = {
     "qwen3b": Config(151_936, 8, 12, 1024, 400, False, 2048, 11008, 36, 16, 2),
     "qwen7b": Config(152_064, 8, 12, 1024, 400, False, 3584, 18944, 28, 28, 4, False),
 }
+SDPO = {  # TRL's settings that come nearest to SGPO
+    "distillation_alpha": 0.0, "distillation_mode": "full_logits", "distillation_weight": 0.5,
+    "distillation_is_clip": None, "teacher_model_kind": "live", "use_successful_as_teacher": False,
+    "include_environment_feedback": True, "feedback_template": "{feedback_raw}",
+    "reprompt_template": "Strategy:\n{feedback}\n\nProblem:\n{prompt}{solution}"}
 RATIOS = {"trl": "grpo", "trl-lean": "grpo", "sdpo": "sgpo"}  # contestant -> ours, which it is compared with
 REWARD = '''import random
 
@@ -189,6 +194,7 @@ def run_ours(name: str, config: Config, folder: Path, steps: int, *flags) -> lis
 
 def run_trl(name: str, config: Config, folder: Path, steps: int) -> list[dict]:
     """Run a trainer of TRL with `generate` and return the same rows."""
+    from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback, set_seed
 
     import common
@@ -221,9 +227,19 @@ def run_trl(name: str, config: Config, folder: Path, steps: int) -> list[dict]:
         "save_strategy": "no", "logging_steps": 1, "seed": 0, "disable_tqdm": True}
     if name == "trl-lean":
         settings["gradient_checkpointing"] = False
-    make = sdpo_trainer if name == "sdpo" else grpo_trainer
-    trainer, generate_name = make(settings, problems_for_trl(folder, tokenizer), model=str(folder / "model"),
-                                  processing_class=tokenizer, callbacks=[Clock()], reward_funcs=reward)
+    if name == "sdpo":
+        from trl.experimental.sdpo import SDPOConfig as Settings
+        from trl.experimental.sdpo import SDPOTrainer as Trainer
+        settings |= SDPO
+    else:
+        from trl import GRPOConfig as Settings
+        from trl import GRPOTrainer as Trainer
+    problems = common.load_problems(str(folder / "rows.jsonl"))
+    prompts = [tokenizer.decode(common.build_prompt(tokenizer, p["problem"], "")) for p in problems]
+    data = {"prompt": prompts, "privileged_context": [p["strategy"] for p in problems]}
+    trainer = Trainer(model=str(folder / "model"), processing_class=tokenizer, args=Settings(**settings),
+                      train_dataset=Dataset.from_dict(data), reward_funcs=reward, callbacks=[Clock()])
+    generate_name = "_generate" if name == "sdpo" else "_generate_single_turn"
     generate = getattr(trainer, generate_name)
 
     def timed_generate(*args, **kwargs):
@@ -237,35 +253,6 @@ def run_trl(name: str, config: Config, folder: Path, steps: int) -> list[dict]:
     for row, log in zip(rows, trainer.state.log_history):
         row["tokens"] = log["completions/mean_length"] * completions_per_step
     return rows
-
-
-def problems_for_trl(folder: Path, tokenizer):
-    """Return the problems as TRL's data set. The text of its prompts is the text of ours."""
-    from datasets import Dataset
-
-    import common
-    problems = common.load_problems(str(folder / "rows.jsonl"))
-    prompts = [tokenizer.decode(common.build_prompt(tokenizer, p["problem"], "")) for p in problems]
-    return Dataset.from_dict({"prompt": prompts, "privileged_context": [p["strategy"] for p in problems]})
-
-
-def grpo_trainer(settings: dict, problems, **more):
-    """Return TRL's GRPO trainer and the name of its method that samples."""
-    from trl import GRPOConfig, GRPOTrainer
-    trainer = GRPOTrainer(args=GRPOConfig(**settings), train_dataset=problems, **more)
-    return trainer, "_generate_single_turn"
-
-
-def sdpo_trainer(settings: dict, problems, **more):
-    """Return TRL's SDPO trainer and the name of its method that samples."""
-    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
-    settings = {
-        **settings, "distillation_alpha": 0.0, "distillation_mode": "full_logits", "distillation_weight": 0.5,
-        "distillation_is_clip": None, "teacher_model_kind": "live", "use_successful_as_teacher": False,
-        "include_environment_feedback": True, "feedback_template": "{feedback_raw}",
-        "reprompt_template": "Strategy:\n{feedback}\n\nProblem:\n{prompt}{solution}"}
-    trainer = SDPOTrainer(args=SDPOConfig(**settings), train_dataset=problems, **more)
-    return trainer, "_generate"
 
 
 # ---------------------------------------------------------------- comparison
