@@ -974,8 +974,8 @@ def choose_memory(args: RunFlags, card: float | None = None) -> str:
     """Switch on activation checkpointing and CPU offload if the card is too small; describe what a run takes.
 
     Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
-    processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided as
-    well. A run that host memory or disk cannot hold is refused before anything is loaded.
+    processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided
+    as well. A run that host memory or disk cannot hold is refused before anything is loaded.
     """
     card = card or card_bytes()
     policy = count_parameters(args.model, "--model")
@@ -1015,8 +1015,8 @@ def check_room(host: float, disk: float, out: str) -> None:
     existing = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if disk > free:
-        refuse(f"--out {out}: checkpoints and model need {disk / 1e9:.3g} GB of disk; {free / 1e9:.3g} GB are "
-               "free there")
+        refuse(f"--out {out}: checkpoints and model need {disk / 1e9:.3g} GB of disk, "
+               f"and {free / 1e9:.3g} GB are free there")
 
 
 def count_parameters(name: str, flag: str) -> int:

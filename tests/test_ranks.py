@@ -131,6 +131,8 @@ def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
     for i in range(12):
         solution = f"It is \\boxed{{{2 * i}}}."
         rows.append({"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": solution})
+    for row in rows[:6]:
+        row["strategy"] = "Double."
     data = write_jsonl(tmp_path / "raw.jsonl", rows)
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"problem": "What is 99 - 1?", "answer": "98"}])
     flags = ("--eval_samples 1 --prompts_per_step 2 --group_size 2 --guided_group_size 2 --max_new_tokens 30 "
@@ -144,8 +146,9 @@ def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
     assert codes == [0, 0], screen.read_text()
     assert run_script("sgpo", *argv, "--out", tmp_path / "one", "--steps", 0) == 0
 
-    assert screen.read_text().count("strategies: 6 of 6 problems done") == 1
-    assert len(read_jsonl(run / "strategies.jsonl")) == 6
+    extracted = len(read_jsonl(run / "strategies.jsonl"))
+    assert 0 < extracted < 6
+    assert screen.read_text().count(f"strategies: {extracted} of {extracted} problems done, 0 found") == 1
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 1]
     alone = load_file(tmp_path / "one/warmup/model.safetensors")
     for name, weight in load_file(run / "warmup/model.safetensors").items():

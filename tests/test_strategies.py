@@ -277,9 +277,15 @@ def test_an_endpoint_needs_the_package(sgpo_run, monkeypatch):
 # ---- a model on this machine
 
 def test_the_policy_is_its_own_strategist(sgpo_run, tmp_path):
-    screen = sgpo_run("--strategist_max_new_tokens", 8)
-    assert "8 of 8 problems done, 0 found" in screen  # a random model writes nonsense
+    path = write_jsonl(tmp_path / "one.jsonl", [{"problem": "What is 11 + 11?", "strategy": "Double."}])
+    screen = sgpo_run("--strategies", path, "--strategist_max_new_tokens", 8)
+    assert "7 of 7 problems done, 0 found" in screen  # a random model writes nonsense
+    assert "7 of 8 problems have no strategy: they are trained by GRPO alone" in screen
     assert (tmp_path / "run/model").exists()
+
+
+def test_a_strategist_that_finds_nothing_ends_the_run(sgpo_run):
+    assert "none of the problems has a strategy" in sgpo_run("--strategist_max_new_tokens", 8, code=2)
 
 
 def test_a_local_strategist_gives_up_on_what_is_too_long(model_dirs):

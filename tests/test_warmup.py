@@ -176,11 +176,6 @@ def test_another_run_can_start_from_a_warm_up(argv, tmp_path, run_script):
     assert not (second / "warmup").exists()
 
 
-def test_a_folder_without_a_model_is_refused(argv, tmp_path, run_script, capsys):
-    assert run_script("grpo_baseline", *argv, "--warmup_from", tmp_path, "--out", tmp_path / "run") == 2
-    assert f"error: {tmp_path}: no model directory" in capsys.readouterr().err
-
-
 # ---- the split
 
 def split(rows: list[dict], **flags) -> tuple[list[str], list[str], str]:
