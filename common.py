@@ -544,12 +544,14 @@ class Data:
     warmup: list[dict]     # problems for the SFT warm-up, all with a solution that is taught
     held_out: list[dict]   # problems of --eval_dataset, or of the demo; may be empty
     summary: str           # one line for the plan
+    fingerprint: str       # hash of all problems: a data file that has changed is noticed at --resume
 
-    def fingerprint(self) -> str:
-        """Return a hash of all problems: a data file that has changed is noticed at --resume."""
-        problems = self.train + self.warmup + self.held_out
-        texts = [[p["problem"], p["answer"], p.get("solution")] for p in problems]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+def fingerprint_of(problems: list[dict]) -> str:
+    """Return a hash of the problems' texts."""
+    fields = ("problem", "answer", "solution", "strategy")
+    texts = [[problem.get(field) for field in fields] for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def load_data(args: RunFlags, tokenizer, reward: "Reward") -> Data:
@@ -636,11 +638,12 @@ def split_warmup(problems: list[dict], held_out: list[dict], tokenizer, reward: 
     summary = f"{len(train)} problems for RL"
     if share:
         summary += f"; a random {len(share)} for the SFT warm-up, {len(warmup)} of them are taught"
+    summary += f"; an answer ends with {tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))}"
     if len(warmup) == 1:  # one to learn from and one to validate with
         warmup = []
     if args.steps and not train:
         refuse(f"--warmup_frac {args.warmup_frac} leaves no problem for RL: lower it, or give --steps 0")
-    return Data(train, warmup, held_out, summary)
+    return Data(train, warmup, held_out, summary, fingerprint_of(train + warmup + held_out))
 
 
 def problems_of_step(problems: list[dict], step: int, count: int, seed: int) -> list[dict]:
@@ -984,16 +987,18 @@ def choose_memory(args: RunFlags, card: float | None = None) -> str:
     if args.lora_rank:
         needed = 2 * policy
         checkpoint = 0  # adapters are small
-        args.cpu_offload = False
-    if getattr(args, "teacher", None) and not args.teacher_device:
+        args.cpu_offload = bool(args.cpu_offload)
+    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
         needed += 2 * count_parameters(args.teacher, "--teacher") / world_size()
     if args.activation_checkpointing is None:
         args.activation_checkpointing = needed > card / 8
     if args.cpu_offload is None:
         args.cpu_offload = needed > 0.75 * card
     host = 16 * policy if args.cpu_offload else 0
-    disk = (Run.CHECKPOINTS_KEPT + 1) * checkpoint + 4 * policy  # a new one is written before an old one goes
-    check_room(host, disk, args.out)
+    num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
+    disk = num_checkpoints * checkpoint + 4 * policy
+    if not getattr(args, "extract_only", False):
+        check_room(host, disk, args.out)
     line = f"{needed / 1e9:.3g} GB a process for weights, gradients, Adam and sampling copy"
     if card < math.inf:
         line += f"; the card has {card / 1e9:.3g} GB"
@@ -1012,9 +1017,10 @@ def check_room(host: float, disk: float, out: str) -> None:
     if host > memory:
         refuse(f"--cpu_offload needs {host / 1e9:.3g} GB of host memory, and this machine has "
                f"{memory / 1e9:.3g}: use --lora_rank, more cards or a smaller model")
+    written = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())  # by a resumed run
     existing = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if disk > free:
+    if disk > free + written:
         refuse(f"--out {out}: checkpoints and model need {disk / 1e9:.3g} GB of disk, "
                f"and {free / 1e9:.3g} GB are free there")
 
@@ -1384,8 +1390,8 @@ def sft_warmup(model, tokenizer, problems: list[dict], run: "Run", args: RunFlag
             optimizer.param_groups[0]["lr"] = lr
             model.train()
             train_loss += sft_pass(model, prompts, solutions, idx.tolist(), args) / steps_per_epoch
-            clip_gradient(model, args.max_grad_norm)
-            optimizer.step()
+            if math.isfinite(clip_gradient(model, args.max_grad_norm)):
+                optimizer.step()
             optimizer.zero_grad()
         model.eval()
         with torch.no_grad():
@@ -1394,6 +1400,8 @@ def sft_warmup(model, tokenizer, problems: list[dict], run: "Run", args: RunFlag
         if loss < best:
             best = loss
             save_model(model, tokenizer, run.folder / "warmup.best")
+    if best == math.inf:
+        refuse("the validation loss of the SFT warm-up is not finite: lower --warmup_lr")
     load_weights(model, run.folder / "warmup.best")
     if rank() == 0:
         (run.folder / "warmup.best").rename(finished)  # from here on the warm-up counts as finished
@@ -1484,7 +1492,8 @@ class Run:
 
     A script calls `print_plan`, `create`, `resume`, then `log` and `save`, and `finish`.
     """
-    # Flags that do not change what is computed may differ when a run is resumed.
+    # Flags that may differ when a run is resumed: they change no gradient. Another generation_batch_size
+    # draws other random numbers, which are as good.
     MAY_DIFFER = ("out", "resume", "dry_run", "steps", "save_every", "report_to", "cpu_offload",
                   "activation_checkpointing", "microbatch_tokens", "generation_batch_size", "extract_only",
                   "strategist", "strategist_model", "strategist_args")
@@ -1544,17 +1553,24 @@ class Run:
     def create(self, data: Data) -> None:
         """Make the directory, lock it against other runs and write config.json."""
         self.config["flags"] = dataclasses.asdict(self.args)
-        self.config |= {"problems": data.fingerprint(), "command": sys.argv, **versions()}
-        barrier()
-        if rank() == 0:
-            check_directory(self.folder, self.config, self.args.resume)
-            try:
-                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                refuse(f"--out {self.folder}: cannot be made ({error.strerror})")
-            self.lock = lock_file(self.folder / "lock", f"--out {self.folder}: another run is writing there")
-            write_atomic(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
-        barrier()
+        self.config |= {"problems": data.fingerprint, "command": sys.argv, **versions()}
+        check_directory(self.folder, self.config, self.args.resume)
+        barrier()  # no process still looks at the directory
+        problem = from_first_process(self.make_directory)
+        if problem:
+            refuse(f"--out {self.folder}: {problem}")
+
+    def make_directory(self) -> str | None:
+        """Make and lock the directory and write config.json; return what prevents it."""
+        try:
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"cannot be made ({error.strerror})"
+        self.lock = lock_file(self.folder / "lock")
+        if self.lock is None:
+            return "another run is writing there"
+        write_atomic(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        return None
 
     def resume(self, model, optimizer) -> int:
         """Load the latest checkpoint, if there is one, and return its step; 0 for a new run.
@@ -1582,8 +1598,9 @@ class Run:
         if self.stop_requested:
             os._exit(130)
         self.stop_requested = True
-        print("\nStopping after this step; progress will be saved. Press Ctrl-C again to quit immediately.",
-              file=sys.stderr, flush=True)
+        patience = "" if world_size() == 1 else " torchrun waits for --shutdown-timeout, 30 s by default."
+        print("\nStopping after this step; progress will be saved. Press Ctrl-C again to quit immediately."
+              + patience, file=sys.stderr, flush=True)
 
     def log(self, step: int, metrics: dict[str, float], problems: Sequence[dict] = (), rewards: Sequence = (),
             texts: Sequence[str] = ()) -> None:
@@ -1607,6 +1624,8 @@ class Run:
         self.send_metrics(step, row)
         self.bar.update(step - self.bar.n)
         self.print(self.one_line(step, metrics))
+        if metrics.get("completions/clipped_ratio") == 1:
+            self.print("every completion was cut off: raise --max_new_tokens, or nothing can be learnt")
         if samples and step == 1:
             first = samples[0]
             self.print(f"a sample, reward {first['reward']:g}\n  problem: {first['problem'][:500]}\n"
@@ -1692,13 +1711,13 @@ def check_directory(folder: Path, config: dict, resume: bool) -> None:
         refuse(f"--resume: the run in --out {folder} has another configuration: {'; '.join(differing)}")
 
 
-def lock_file(path: Path, message: str):
-    """Hold a file for the life of this process and return it; refuse if another process holds it."""
+def lock_file(path: Path):
+    """Hold a file for the life of this process and return it; return None if another process holds it."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        refuse(message)
+        return None
     return file
 
 
@@ -1797,6 +1816,8 @@ def load_weights(model, folder: Path) -> None:
     """Load the weights of a Hugging Face directory into a model that is there already."""
     if not (folder / "config.json").is_file():
         refuse(f"{folder}: no model directory; name the warmup/ folder of a run")
+    if adapters(model) and not (folder / "adapters.safetensors").is_file():
+        refuse(f"{folder}: holds no LoRA adapters; name the warmup/ folder of a run with this --lora_rank")
     if adapters(model):
         model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
         return

@@ -47,7 +47,7 @@ class Args:
     k: int = flag(None, "samples per problem (default: 32 for AMC and AIME as in the papers, else 4)",
                   "[1, inf)")
     out: str = flag(None, "results directory, new or to resume (default: a new one under runs/)")
-    strategies: str = flag(None, "also sample with a strategy in the prompt: a JSONL file of problem (or id) "
+    strategies: str = flag(None, "also sample with a strategy in the prompt: a JSONL file of problem "
                                  "and strategy; own: the strategies of the benchmark's own rows")
     compare: list[str] = flag(None, "compare two results directories, A and B, and stop")
     temperature: float = flag(0.6, "sampling temperature (the papers'); 0: greedy, with --k 1", "[0, inf)")
@@ -415,7 +415,9 @@ def open_directory(out: Path, config: dict):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         refuse(f"--out {out}: cannot be made ({error.strerror})")
-    lock = lock_file(out / "lock", f"--out {out}: another evaluation is writing there")
+    lock = lock_file(out / "lock")
+    if lock is None:
+        refuse(f"--out {out}: another evaluation is writing there")
     write_atomic(out / "config.json", json.dumps(config, indent=2) + "\n")
     return lock
 

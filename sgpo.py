@@ -497,14 +497,14 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
 # ---------------------------------------------------------------- main
 
 def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
-    """Return the share of correct answers to the held-out problems, without and with the strategy."""
-    with_strategy = [problem for problem in problems if "strategy" in problem]
+    """Return the share of correct answers to the held-out problems, and with the strategy if all have one."""
+    names = ["eval/accuracy"] if problems else []
+    if problems and all("strategy" in problem for problem in problems):
+        names.append("eval/accuracy_guided")
     metrics = {}
-    for name, asked in (("eval/accuracy", problems), ("eval/accuracy_guided", with_strategy)):
-        if not asked:
-            continue
+    for name in names:
         seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
-        samples = [problem for problem in my_share(asked) for _ in range(args.eval_samples)]
+        samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
         prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
                                 problem["strategy"] if name == "eval/accuracy_guided" else None)
                    for problem in samples]
@@ -559,7 +559,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     data = load_data(args, tokenizer, reward)
     path = Path(args.strategies or run.folder / "strategies.jsonl")
-    attach_strategies(data.train + data.held_out, path, tokenizer, args)
+    attach_strategies(data.train, data.held_out, path, tokenizer, args)
     missing = problems_to_extract(data.train, args)
     if run.latest_step() > 0:                         # a resumed run keeps the strategies it began with
         missing = []
@@ -576,7 +576,7 @@ def main() -> None:
     run.create(data)
     if missing:
         extract_strategies(missing, model, tokenizer, path, args)
-        attach_strategies(data.train, path, tokenizer, args)
+        attach_strategies(data.train, [], path, tokenizer, args)
         check_strategies(data.train, [], args)
     if args.extract_only:
         return
@@ -720,16 +720,17 @@ def is_endpoint(args: Args) -> bool:
     return (args.strategist or "").startswith(("http://", "https://"))
 
 
-def attach_strategies(problems: list[dict], path: Path, tokenizer, args: Args) -> None:
-    """Attach the file's strategies to the problems, and drop those that make the prompt too long."""
-    strategies = read_strategies(path)
-    too_long = []
-    for problem in problems:
-        strategy = problem.get("strategy") or strategies.get(problem["problem"])
-        if strategy and guided_prompt_fits(problem, strategy, tokenizer, args):
+def attach_strategies(train: list[dict], held_out: list[dict], path: Path, tokenizer, args: Args) -> None:
+    """Attach the file's strategies to the training problems, and drop those that make a prompt too long."""
+    strategies = from_first_process(lambda: read_strategies(path))  # it writes the file
+    for problem in train:
+        strategy = strategies.get(problem["problem"])
+        if strategy and "strategy" not in problem:
             problem["strategy"] = strategy
-        elif strategy:
-            problem.pop("strategy", None)
+    too_long = []
+    for problem in train + held_out:
+        if "strategy" in problem and not guided_prompt_fits(problem, problem["strategy"], tokenizer, args):
+            del problem["strategy"]
             too_long.append(problem["id"])
     if too_long:
         print(f"dropped {len(too_long)} strategies that make the prompt too long; first: id {too_long[0]}")
@@ -748,8 +749,8 @@ def check_strategies(train: list[dict], missing: list[dict], args: Args) -> None
         return
     without = sum("strategy" not in problem for problem in train) - len(missing)
     if without == len(train):
-        refuse("none of the problems has a strategy, or a solution to extract one from: add one to the rows, "
-               "name a file with --strategies, or train without strategies with --distill none")
+        refuse("none of the problems has a strategy: add strategies or solutions to the rows, name a "
+               "stronger --strategist or a file with --strategies, or train without by --distill none")
     if without:
         print(f"{without} of {len(train)} problems have no strategy: they are trained by GRPO alone")
 

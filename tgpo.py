@@ -700,7 +700,7 @@ def main() -> None:
     check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
     data = load_data(args, tokenizer, reward)
     if args.teacher:
-        check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.held_out)
+        check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.warmup + data.held_out)
     memory = choose_memory(args)                      # may switch on checkpointing and offload
     run.print_plan(data, memory, f"{args.group_size}")
     if args.dry_run:

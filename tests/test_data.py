@@ -285,10 +285,10 @@ def test_the_first_process_decides(monkeypatch):
 
 def test_the_fingerprint_notices_another_answer(load):
     rows = sums(3)
-    before = load(rows).fingerprint()
-    assert load(rows).fingerprint() == before
+    before = load(rows).fingerprint
+    assert load(rows).fingerprint == before
     rows[1]["answer"] = "7"
-    assert load(rows).fingerprint() != before
+    assert load(rows).fingerprint != before
 
 
 # ---- the share of the SFT warm-up

@@ -263,6 +263,7 @@ def test_the_schedule_of_the_coefficient():
     assert values[:3] == approx([0.002, 0.00199, 0.00198])
     assert values[199] == approx(1e-5)
     assert set(values[200:]) == {0.0}
+    assert tgpo.coefficient(4, 0.9, 0.3) == 0.0  # though 0.9 - 3 * 0.3 is 1e-16
 
 
 FORWARD_GRADIENT = Q - P

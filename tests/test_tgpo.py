@@ -180,19 +180,27 @@ def test_labels_are_drawn_from_the_teacher(make_teacher):
         assert frequency == approx(p[label].item(), abs=0.015)
 
 
-@pytest.mark.parametrize("guidance", ["tgpo", "reverse-kl"])
-def test_an_offloaded_teacher_returns_to_cpu_memory(guidance, problems, make_teacher, monkeypatch):
+@pytest.mark.parametrize("guidance, device_in_training", [
+    ("tgpo", "cpu"),  # it has read everything before
+    ("reverse-kl", "cpu:0"),
+])
+def test_an_offloaded_teacher_returns_to_cpu_memory(guidance, device_in_training, problems, make_teacher,
+                                                    monkeypatch):
     teacher, args = make_teacher(guidance, teacher_offload=True, teacher_device="cpu:0")
     devices = ["cpu"]
-    used_on = set()
+    when_reading = set()
+    when_training = set()
 
     def to(device) -> None:
         devices.append(str(device))
 
     monkeypatch.setattr(teacher.model, "to", to)
-    teacher.model.base_model.register_forward_pre_hook(lambda *_: used_on.add(devices[-1]))
-    run_update(problems, teacher, args)
-    assert used_on == {"cpu:0"}
+    teacher.model.base_model.register_forward_pre_hook(lambda *_: when_reading.add(devices[-1]))
+    model = student()
+    model.base_model.register_forward_pre_hook(lambda *_: when_training.add(devices[-1]))
+    run_update(problems, teacher, args, model=model)
+    assert when_reading == {"cpu:0"}
+    assert when_training == {device_in_training}
     assert devices[-1] == "cpu"
 
 
@@ -288,21 +296,23 @@ def test_without_any_signal_the_optimizer_does_not_step(problems, make_teacher):
 
 # ---------------------------------------------------------------- metrics by hand
 
-def test_metrics(problems, make_teacher):
-    teacher, args = make_teacher(microbatch_tokens=40)
+@pytest.mark.parametrize("end", [IM_END, ENDOFTEXT])
+def test_metrics(end, problems, make_teacher):
+    teacher, args = make_teacher(end=end, microbatch_tokens=40)
     _, metrics = run_update(problems, teacher, args)
+    exact_teacher = exact(teacher)
     nll = []
     k1 = []
     labels = []
     tokens = []
     for prompt, completion, _ in reference.samples_of(problems, [[0] * 3] * 4):
-        theirs = reference.teacher_logits_of(exact(teacher), prompt, completion, args)
+        theirs = reference.teacher_logits_of(exact_teacher, prompt, completion, args)
         ours = reference.logits_of(student(), prompt, completion, args)
         p = theirs[:, :SHARED].log_softmax(-1)
         q = ours[:, :SHARED].log_softmax(-1)
-        labels += theirs.argmax(-1).tolist()
         tokens += completion
         for t, a in enumerate(completion):
+            labels.append(reference.label_of(exact_teacher, theirs[t]))
             if a != UNKNOWN:
                 nll.append(-p[t, a].item())
                 k1.append((q - p)[t, a].item())

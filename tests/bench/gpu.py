@@ -97,7 +97,7 @@ def least_work(config: step.Config, row: dict, num_auto: int) -> tuple[float, fl
 def tests(out: Path) -> Rows:
     """Run tests/test_gpu.py."""
     selected = ["-k", "offload"] if TOY else []
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "test_gpu.py", *selected],
+    done = subprocess.run([sys.executable, "-m", "pytest", ROOT / "tests" / "test_gpu.py", *selected],
                           capture_output=True, text=True)
     print(done.stdout)
     last = done.stdout.strip().splitlines()[-1].strip("= ")
