@@ -7,6 +7,7 @@ import copy
 import importlib
 import math
 import shutil
+import statistics
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import common
-import reference
 from conftest import ROOT, read_jsonl, run_main, small_model, small_tokenizer, write_jsonl
 
 METRICS = {
@@ -116,8 +116,9 @@ def prompt_of(problem: str) -> list[int]:
 
 
 def logps_of(model, problem: str, completion: list[int]) -> torch.Tensor:
-    log_probs = reference.log_probs(model, prompt_of(problem), completion, 1.0)
-    return log_probs[range(len(completion)), completion]                                  # [T]
+    prompt = prompt_of(problem)
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1:-1]     # [T, V]
+    return logits.log_softmax(-1)[range(len(completion)), completion]                     # [T]
 
 
 def log_ratios(model, old_model, problem: str, completion: list[int]) -> torch.Tensor:
@@ -135,9 +136,11 @@ def samples_of(problems: list[str]):
     """Yield problem, completion and GRPO's advantage of every sample."""
     for problem in problems:
         completions, rewards = graded(problem)
-        group = reference.Problem(prompt_of(problem), completions[:3], rewards[:3])
-        A, = reference.advantages([group], "group")
-        yield from zip([problem] * 3, completions, A)
+        samples = completions[:3]
+        mean = statistics.mean(rewards[:3])
+        std = statistics.stdev(rewards[:3])
+        for completion, reward in zip(samples, rewards):
+            yield problem, completion, (reward - mean) / (std + 1e-6)
 
 
 def gspo(model, old_model, problems: list[str], clip_low=3e-4, clip_high=4e-4):

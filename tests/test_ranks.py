@@ -126,7 +126,7 @@ def sorted_samples(run) -> list[str]:
     return sorted((run / "samples.jsonl").read_text().splitlines())
 
 
-def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
+def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script, capsys):
     rows = []
     for i in range(12):
         solution = f"It is \\boxed{{{2 * i}}}."
@@ -150,9 +150,15 @@ def test_raw_rows_strategies_and_a_warm_up(model_dirs, tmp_path, run_script):
     assert 0 < extracted < 6
     assert screen.read_text().count(f"strategies: {extracted} of {extracted} problems done, 0 found") == 1
     assert [row["step"] for row in read_jsonl(run / "metrics.jsonl")] == [0, 1]
+    assert losses_of_warmup(screen.read_text()) == losses_of_warmup(capsys.readouterr().out)
     alone = load_file(tmp_path / "one/warmup/model.safetensors")
     for name, weight in load_file(run / "warmup/model.safetensors").items():
         torch.testing.assert_close(weight, alone[name], atol=1e-5, rtol=0)
+
+
+def losses_of_warmup(screen: str) -> list[str]:
+    """Return the printed lines with an epoch's losses. Adam's weights would not show a doubled gradient."""
+    return [line for line in screen.splitlines() if line.startswith("warm-up: epoch")]
 
 
 def test_a_refusal_is_printed_once(argv_of, tmp_path):
