@@ -261,6 +261,7 @@ class RunFlags:
     warmup_frac: float = flag(0.33, "random share of the solved problems that is used for SFT before RL, "
                                     "and not for RL", "[0, 1]")
     warmup_lr: float = flag(1e-5, "highest learning rate of the SFT warm-up", "[0, inf)")
+    warmup_batch_size: int = flag(64, "solutions per step of the SFT warm-up", "[1, inf)")
     warmup_epochs: int = flag(10, "epochs of the SFT warm-up; the best one is kept", "[1, inf)")
     warmup_from: str = flag(None, "reuse this warm-up: the warmup/ folder of a run with the same --seed")
     # memory
@@ -1352,9 +1353,6 @@ def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, step
 
 # ---------------------------------------------------------------- SFT warm-up
 
-WARMUP_BATCH = 64  # solutions per optimizer step (the SGPO paper's)
-
-
 def sft_warmup(model, tokenizer, problems: list[dict], run: "Run", args: RunFlags) -> None:
     """Train the model by SFT on its warm-up problems before RL, and keep the best epoch in <run>/warmup.
 
@@ -1373,7 +1371,7 @@ def sft_warmup(model, tokenizer, problems: list[dict], run: "Run", args: RunFlag
     order = random_generator(args.seed, "warm-up").permutation(len(problems)).tolist()
     num_validation = max(1, round(len(problems) / 10))
     validation, train = order[:num_validation], order[num_validation:]
-    steps_per_epoch = math.ceil(len(train) / WARMUP_BATCH)
+    steps_per_epoch = math.ceil(len(train) / args.warmup_batch_size)
     steps = steps_per_epoch * args.warmup_epochs
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
                                   weight_decay=args.weight_decay, fused=True)

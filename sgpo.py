@@ -308,16 +308,16 @@ def token_kl(model, ro: Rollout, idx: list[int], args: Args) -> Tensor:
     return d.new_zeros(mask.shape).masked_scatter(mask, d)
 
 
-# ---------------------------------------------------------------- guidance
+# ---------------------------------------------------------------- what to distil
 
 @dataclass
-class Guidance:
+class Distillation:
     correct: list[list[int]]  # for each of b problems: its correct guided samples
     alpha: Tensor             # [b] weight alpha(q) of its distillation; 0 if no guided sample is correct
 
 
-def guide(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: int,
-          args: Args) -> tuple[Guidance, dict[str, float]]:
+def weigh_problems(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: int,
+                   args: Args) -> tuple[Distillation, dict[str, float]]:
     """Return the correct guided samples and the weight of every problem, and the metrics of both.
 
     `rewards` [N] are those of all samples, `guided_samples` maps a problem with a strategy to its guided
@@ -348,15 +348,15 @@ def guide(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: i
     sums = [value[has_strategy].sum() for value in values.values()]
     num_guided, *totals = sum_over_processes(has_strategy.sum(), *sums)
     if num_guided == 0:
-        return Guidance(correct, alpha), {}
+        return Distillation(correct, alpha), {}
     metrics = {name: total / num_guided for name, total in zip(values, totals)}
-    return Guidance(correct, alpha), metrics
+    return Distillation(correct, alpha), metrics
 
 
-def choose_targets(model, ro: Rollout, guidance: Guidance, problems: list[int],
+def choose_targets(model, ro: Rollout, distillation: Distillation, problems: list[int],
                    args: Args) -> dict[int, list[int]]:
     """Return the samples to distil for each problem with alpha > 0: the reachable one, or all correct."""
-    correct = {q: guidance.correct[q] for q in problems if guidance.alpha[q] > 0}
+    correct = {q: distillation.correct[q] for q in problems if distillation.alpha[q] > 0}
     if args.target == "all":
         return correct
     rivals = []  # a problem with a single correct sample needs no scoring
@@ -385,19 +385,19 @@ def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> T
     return old_logps
 
 
-def distil(model, ro: Rollout, guidance: Guidance, problems: list[int], sums: dict[str, float],
+def distil(model, ro: Rollout, distillation: Distillation, problems: list[int], sums: dict[str, float],
            args: Args) -> list[int]:
     """Accumulate the gradient of alpha(q) L_KD(q), averaged over the update's problems; return the targets.
 
     L_KD is the mean over a target's tokens of the clipped KL (Eq. 2, 5). `sums` collects the metrics.
     """
     num_problems = sum_over_processes(len(problems))[0]
-    targets = choose_targets(model, ro, guidance, problems, args)
+    targets = choose_targets(model, ro, distillation, problems, args)
     lengths = ro.mask.sum(1).tolist()
     weights = torch.zeros(len(ro.mask), device=ro.mask.device)             # [N] of every token of a target
     for q, samples in targets.items():
         for i in samples:
-            weights[i] = guidance.alpha[q] / (num_problems * len(samples) * lengths[i])
+            weights[i] = distillation.alpha[q] / (num_problems * len(samples) * lengths[i])
     distilled = [i for samples in targets.values() for i in samples]
     longer_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, lengths)]
     delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
@@ -437,7 +437,7 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
     return metrics
 
 
-def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance,
+def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Distillation,
            args: Args) -> dict[str, float]:
     """Run all optimizer steps for one rollout, whose autonomous samples have these advantages [b G].
 
@@ -481,7 +481,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, guidance: Guidance
             sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
         # 2. SGPO: add the gradient of alpha(q) L_KD(q), averaged over the problems (Eq. 7)
-        distilled = distil(model, ro, guidance, problems.tolist(), sums, args)
+        distilled = distil(model, ro, distillation, problems.tolist(), sums, args)
 
         # 3. clip the gradient and step, unless no sample of any process has a gradient
         if sum_over_processes(len(trained) + len(distilled))[0] > 0:
@@ -608,13 +608,13 @@ def main() -> None:
         advantages = my_share(advantages).flatten()                                   # [b G]
         if not args.autonomous_grpo:
             advantages = torch.zeros_like(advantages)
-        guidance, guided_metrics = guide(rewards, guided_samples, len(problems), args)
+        distillation, guided_metrics = weigh_problems(rewards, guided_samples, len(problems), args)
 
         # ---- update
         train_start = time.perf_counter()
         lr = learning_rate(step, args.lr, args.lr_schedule, args.lr_warmup_steps, args.steps)
         optimizer.param_groups[0]["lr"] = lr
-        metrics = update(model, optimizer, ro, advantages, guidance, args) | guided_metrics
+        metrics = update(model, optimizer, ro, advantages, distillation, args) | guided_metrics
         train_end = time.perf_counter()
 
         # ---- log, evaluate, save

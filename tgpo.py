@@ -614,7 +614,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
             len(samples), ro.mask[samples].sum(), advised_mask[samples].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
         advised_weights = token_weights(advised_mask, args.loss_type, args.max_new_tokens, num_samples,
-                                      num_advised)
+                                        num_advised)
 
         # 1. GRPO + guidance: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]

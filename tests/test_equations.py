@@ -212,7 +212,7 @@ def test_group_advantage_weight(rewards, alpha):
     ({"weight": "fixed", "fixed_alpha": 0.7}, [0.7, 0, 0, 0.7]),
     ({"weight": "group_advantage"}, [0.8, 0, 0, 0.2 / 0.2 ** 0.5]),
 ])
-def test_guide(flags, alpha):
+def test_weigh_problems(flags, alpha):
     """Problem 1 has no strategy. A reward of 0.5 is correct, 0.4 is not."""
     rewards = torch.tensor([
         1, 0, 0, 0,
@@ -225,7 +225,7 @@ def test_guide(flags, alpha):
     ])
     guided_samples = {0: [16, 17], 2: [18, 19], 3: [20, 21]}
     args = sgpo.Args(group_size=4, guided_group_size=2, **flags)
-    guidance, metrics = sgpo.guide(rewards, guided_samples, 4, args)
+    guidance, metrics = sgpo.weigh_problems(rewards, guided_samples, 4, args)
     assert guidance.correct == [[16, 17], [], [], [21]]
     assert guidance.alpha.tolist() == approx(alpha, abs=1e-5)
     assert metrics["sgpo/alpha"] == approx(sum(alpha) / 3, abs=1e-5)

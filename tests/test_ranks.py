@@ -41,7 +41,7 @@ def in_two_processes(work, *args, screen=os.devnull) -> list:
     for process in processes:
         process.start()
     try:
-        values = dict(results.get(timeout=60) for _ in processes)
+        values = dict(results.get(timeout=120) for _ in processes)
     finally:
         for process in processes:
             process.join(10)

@@ -115,7 +115,7 @@ def run_update(script, model=None, problems=None, A=None, width=6, **flags):
     guided_rewards = torch.tensor([p.guided_rewards for p in problems])
     all_rewards = torch.cat([rewards.flatten(), guided_rewards.flatten()])
     guided_samples = {0: [12, 13], 1: [14, 15], 2: [16, 17], 3: [18, 19]}
-    guidance, guided_metrics = sgpo.guide(all_rewards, guided_samples, 4, args)
+    guidance, guided_metrics = sgpo.weigh_problems(all_rewards, guided_samples, 4, args)
     if not args.autonomous_grpo:
         A = torch.zeros(12)
     metrics = sgpo.update(model, optimizer, ro, A, guidance, args)

@@ -33,24 +33,19 @@ ROWS = [solved(i) for i in range(24)]
 def argv(model_dirs, tmp_path_factory) -> list:
     """Return the command line of the SFT baseline, without --out: a warm-up and no step of RL."""
     data = write_jsonl(tmp_path_factory.mktemp("solved") / "solved.jsonl", ROWS)
-    flags = ("--steps 0 --warmup_frac 1 --warmup_lr 0.002 --warmup_epochs 3 --max_grad_norm 0.5 "
-             "--max_new_tokens 40 --system_prompt Think. --prompts_per_step 4 --group_size 2")
+    flags = ("--steps 0 --warmup_frac 1 --warmup_lr 0.002 --warmup_epochs 3 --warmup_batch_size 5 "
+             "--max_grad_norm 0.5 --max_new_tokens 40 --system_prompt Think. "
+             "--prompts_per_step 4 --group_size 2")
     return ["--model", model_dirs["qwen2"], "--dataset", data, *flags.split()]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_batches():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "WARMUP_BATCH", 5)
-        patch.setattr(sys, "argv", sys.argv)
-        yield
 
 
 @pytest.fixture(scope="module")
 def baseline(argv, tmp_path_factory):
     """Return a finished run of the SFT baseline."""
     out = tmp_path_factory.mktemp("baseline") / "run"
-    assert run_main("grpo_baseline", *argv, "--out", out) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)
+        assert run_main("grpo_baseline", *argv, "--out", out) == 0
     return out
 
 
