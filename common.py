@@ -93,7 +93,7 @@ def printable(text: str) -> str:
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a script's main(): join torchrun's processes first, and end with one line, not a traceback."""
+    """Wrap a script's main(): join torchrun's processes; end out-of-memory and Ctrl-C with one line."""
     @functools.wraps(main)
     def wrapped() -> None:
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -117,7 +117,7 @@ def join_processes() -> None:
         return
     if ON_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # No timeout: ranks may wait a long time for each other's rollouts. If one dies, torchrun stops the rest.
+    # A day's timeout: ranks may wait long for each other's rollouts. If one dies, torchrun stops the others.
     dist.init_process_group(process_backend(), timeout=timedelta(days=1))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
@@ -305,8 +305,9 @@ def parse_args(args_class: type, defaults: dict[str, Any] | None = None) -> Any:
         argv = flags_of_file(argv[0]) + argv[1:]
     description = sys.modules[args_class.__module__].__doc__
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
-    is_demo = last_value(argv, "model", "demo") == "demo" or last_value(argv, "benchmarks", "") == "demo"
-    if is_demo:
+    model = last_value(argv, "model", "demo")
+    benchmarks = last_value(argv, "benchmarks", "")
+    if "demo" in (model, benchmarks):
         parser.set_defaults(**demo_flags(args_class, last_value(argv, "guidance", "tgpo")))
     parser.set_defaults(**(defaults or {}))
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -556,7 +557,7 @@ def fingerprint_of(problems: list[dict]) -> str:
 
 
 def load_data(args: RunFlags, tokenizer, reward: "Reward") -> Data:
-    """Load --dataset and --eval_dataset, drop what cannot be used with a line that counts it, and split.
+    """Load --dataset and --eval_dataset, drop and count unusable problems, and split off the SFT warm-up.
 
     From a larger data set --max_rows problems are drawn with the seed, as SGPO's paper draws 8.5K of 46K.
     """
@@ -635,13 +636,13 @@ def split_warmup(problems: list[dict], held_out: list[dict], tokenizer, reward: 
     warmup = [problems[i] for i in sorted(share)]
     warmup = keep(warmup, is_taught, "the warm-up does not teach solutions that exceed --max_new_tokens "
                                      "or are wrong to the reward")
+    if len(warmup) == 1:  # one to learn from and one to validate with
+        warmup = []
     train = [problem for i, problem in enumerate(problems) if i not in share]
     summary = f"{len(train)} problems for RL"
     if share:
         summary += f"; a random {len(share)} for the SFT warm-up, {len(warmup)} of them are taught"
     summary += f"; an answer ends with {tokenizer.convert_ids_to_tokens(end_token_id(tokenizer))}"
-    if len(warmup) == 1:  # one to learn from and one to validate with
-        warmup = []
     if args.steps and not train:
         refuse(f"--warmup_frac {args.warmup_frac} leaves no problem for RL: lower it, or give --steps 0")
     return Data(train, warmup, held_out, summary, fingerprint_of(train + warmup + held_out))
@@ -650,7 +651,7 @@ def split_warmup(problems: list[dict], held_out: list[dict], tokenizer, reward: 
 def problems_of_step(problems: list[dict], step: int, count: int, seed: int) -> list[dict]:
     """Return the problems of a step (1-based): seeded permutations laid end to end, cut into batches.
 
-    A pure function of (seed, step): the step is the whole data cursor, so a resumed run cannot be off by one.
+    The result depends on (seed, step) alone, so a checkpoint needs no data-loader state.
     """
     chosen = []
     for position in range((step - 1) * count, step * count):
@@ -1121,16 +1122,19 @@ def read_prompts(model, prompts: list[list[int]], ids: Tensor, mask: Tensor, cac
     """Fill the KV cache with all but the last token of every prompt; equal prompts are read once."""
     if ids.shape[1] == 1:
         return
-    row_of = {tuple(prompt): row for row, prompt in enumerate(prompts)}
-    distinct = list(row_of.values())
-    place_of = {prompt: place for place, prompt in enumerate(row_of)}
+    position_of = {}  # prompt -> its position among the distinct prompts
+    distinct = []     # one row of each distinct prompt
+    for row, prompt in enumerate(map(tuple, prompts)):
+        if prompt not in position_of:
+            position_of[prompt] = len(distinct)
+            distinct.append(row)
     one_token = copy.copy(config)
     one_token.max_new_tokens = 1  # `generate` must write a token; we throw it away
     one_token.prefill_chunk_size = max(PREFILL_TOKENS // len(distinct), 1)
     model.generate(ids[distinct, :-1], attention_mask=mask[distinct, :-1], cache=cache,
                    generation_config=one_token, synced_gpus=False)
-    places = [place_of[tuple(prompt)] for prompt in prompts]
-    cache.batch_select_indices(torch.tensor(places, device=ids.device))
+    positions = [position_of[tuple(prompt)] for prompt in prompts]
+    cache.batch_select_indices(torch.tensor(positions, device=ids.device))
 
 
 def left_pad(prompts: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor]:
@@ -1210,7 +1214,7 @@ def rows_that_fit(model, tokens: int) -> int:
 
 @contextmanager
 def sampling_weights(model) -> Iterator[torch.nn.Module]:
-    """Yield the whole model in eval mode, with its current weights; with --bf16 in half the bytes.
+    """Yield the unsharded model in eval mode; with --bf16 an unsharded model is copied to bf16.
 
     A sharded model is gathered once, so that processes may write different numbers of tokens.
     """
@@ -1573,7 +1577,7 @@ class Run:
     def resume(self, model, optimizer) -> int:
         """Load the latest checkpoint, if there is one, and return its step; 0 for a new run.
 
-        Rows of both logs behind that step are dropped, so they end as if the run had never stopped. From here
+        Log rows after that step are dropped, so that the logs match an uninterrupted run. From here
         on Ctrl-C and SIGTERM end the run after the current step.
         """
         step = 0
@@ -1867,7 +1871,7 @@ def peak_memory_gb() -> float:
 
 # ---------------------------------------------------------------- the math grader
 
-# A wrong answer that is accepted is learnt, so whatever the grader does not understand is wrong.
+# Answers that the grader cannot read count as wrong, because a wrong answer that is accepted is reinforced.
 MAX_TAIL = 20_000  # characters at the end of a response in which we look for the box
 MAX_ANSWER = 1_000  # characters of an answer
 WORKER_SECONDS = 2  # for one question to the worker

@@ -1,8 +1,8 @@
 """GRPO (Group Relative Policy Optimization): the baseline that sgpo.py and tgpo.py are measured against.
 
 For every problem the model writes a group of solutions, and a verifier gives each a reward. The advantage of
-a solution is how much better it did than its group. A clipped policy gradient makes the tokens of better
-solutions likelier. There is no value network and no KL to a reference model.
+a solution is its reward relative to its group's mean. A clipped policy gradient makes the tokens of solutions
+with a positive advantage likelier. There is no value network and no KL to a reference model.
 
     python grpo_baseline.py                                        # the built-in demo: CPU, offline, a minute
     python grpo_baseline.py --model Qwen/Qwen2.5-1.5B-Instruct     # real problems
@@ -22,10 +22,31 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    Fp32Head, Run, RunFlags, build_prompt, choose_memory, clip_gradient, completion_hidden, flag, gather,
-    generate_in_pieces, learning_rate, load_data, load_policy, load_reward, load_tokenizer, microbatches,
-    my_share, parse_args, problems_of_step, program, seed_everything, sft_warmup, stop_ids,
-    sum_over_processes)
+    Fp32Head,
+    Run,
+    RunFlags,
+    build_prompt,
+    choose_memory,
+    clip_gradient,
+    completion_hidden,
+    flag,
+    gather,
+    generate_in_pieces,
+    learning_rate,
+    load_data,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    microbatches,
+    my_share,
+    parse_args,
+    problems_of_step,
+    program,
+    seed_everything,
+    sft_warmup,
+    stop_ids,
+    sum_over_processes,
+)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
 # (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
@@ -41,16 +62,16 @@ class Args(RunFlags):
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(12, "samples per problem (12 equals the 8 + 4 of SGPO)", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
-    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
+    top_p: float = flag(0.95, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.28, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
     # update
     lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
@@ -94,8 +115,8 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
     )
     completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    ends_before = is_end.cumsum(1) - is_end.long()
-    mask = ends_before == 0
+    num_ends = is_end.cumsum(1)                                                           # [N, C]
+    mask = (num_ends == 0) | (is_end & (num_ends == 1))
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     return Rollout(prompts, completions, mask, ~is_end.any(1), texts)
@@ -222,9 +243,9 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout, whose samples have these advantages [b G]; return the metrics.
+    """Run the optimizer steps of one rollout and return the metrics. Advantages are [b G], one per sample.
 
-    Skip samples whose advantage is 0: they have no gradient, but the normalizer counts them.
+    Skip samples with advantage 0. They have no gradient, but they count in the loss denominator.
     """
     lengths = ro.lengths()
     num_problems = len(advantages) // args.group_size                      # b
@@ -232,8 +253,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        trained = [i for i, trains in enumerate(has_gradient) if trains]
-        old_logps = logps_before_update(model, ro, trained, args)
+        with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
+        old_logps = logps_before_update(model, ro, with_gradient, args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded"), 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
@@ -290,10 +311,11 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
 def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
     """Return the metrics of a step's samples, whose rewards are `groups` [B, G]."""
     num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+    all_equal = (groups == groups[:, :1]).all(1)                           # [B]
     return {
         "reward": groups.mean().item(),
         "reward_std": groups.std(1).mean().item(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "frac_reward_zero_std": all_equal.float().mean().item(),
         "completions/mean_length": num_tokens / groups.numel(),
         "completions/clipped_ratio": num_truncated / groups.numel(),
     }
@@ -313,9 +335,10 @@ def main() -> None:
     model = load_policy(args)                         # fp32 weights, sharded under torchrun
     run.create(data)
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
-                                  weight_decay=args.weight_decay, fused=True)
-    step = start = run.resume(model, optimizer)       # 0 for a new run
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    start = run.resume(model, optimizer)              # 0 for a new run
+    step = start
     if start == 0 and data.held_out:
         run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 

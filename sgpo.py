@@ -13,8 +13,8 @@ What differs from grpo_baseline.py (equation numbers are those of the paper, arX
 Read grpo_baseline.py first, then `diff grpo_baseline.py sgpo.py`.
 """
 import json
-import os
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -30,15 +30,46 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    Fp32Head, Run, RunFlags, append_jsonl, build_prompt, choose_memory, clip_gradient, completion_hidden,
-    context_length, flag, from_all_processes, from_first_process, gather, generate_in_pieces, learning_rate,
-    load_data, load_model, load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args,
-    problems_of_step, program, rank, read_jsonl, refuse, seed_everything, sft_warmup, stop_ids,
-    sum_over_processes, world_size, write_atomic)
+    Fp32Head,
+    Run,
+    RunFlags,
+    append_jsonl,
+    build_prompt,
+    choose_memory,
+    clip_gradient,
+    completion_hidden,
+    context_length,
+    flag,
+    from_all_processes,
+    from_first_process,
+    gather,
+    generate_in_pieces,
+    learning_rate,
+    load_data,
+    load_model,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    microbatches,
+    my_share,
+    parse_args,
+    problems_of_step,
+    program,
+    rank,
+    read_jsonl,
+    refuse,
+    seed_everything,
+    sft_warmup,
+    stop_ids,
+    sum_over_processes,
+    world_size,
+    write_atomic,
+)
 
-# Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process,
-# autonomous ones first (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
-# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary. q: a problem, s: its strategy.
+# Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
+# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
+# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
+# q: a problem, s: its strategy. Of the N samples the b G autonomous ones come first, then the guided ones.
 
 
 # ---------------------------------------------------------------- flags
@@ -51,16 +82,16 @@ class Args(RunFlags):
     group_size: int = flag(8, "samples per problem without the strategy", "[2, inf)")
     guided_group_size: int = flag(4, "samples per problem with the strategy in the prompt", "[1, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
-    top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
+    top_p: float = flag(0.95, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.28, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
     autonomous_grpo: bool = flag(True, "train on the samples without the strategy by GRPO, too")
     # strategy distillation
     distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag(
@@ -136,8 +167,8 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
     )
     completions = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    ends_before = is_end.cumsum(1) - is_end.long()
-    mask = ends_before == 0
+    num_ends = is_end.cumsum(1)                                                           # [N, C]
+    mask = (num_ends == 0) | (is_end & (num_ends == 1))
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     return Rollout(prompts, sampled_from, completions, mask, ~is_end.any(1), texts)
@@ -393,15 +424,15 @@ def distil(model, ro: Rollout, distillation: Distillation, problems: list[int], 
     """
     num_problems = sum_over_processes(len(problems))[0]
     targets = choose_targets(model, ro, distillation, problems, args)
-    lengths = ro.mask.sum(1).tolist()
+    completion_lengths = ro.mask.sum(1).tolist()
     weights = torch.zeros(len(ro.mask), device=ro.mask.device)             # [N] of every token of a target
     for q, samples in targets.items():
         for i in samples:
-            weights[i] = distillation.alpha[q] / (num_problems * len(samples) * lengths[i])
+            weights[i] = distillation.alpha[q] / (num_problems * len(samples) * completion_lengths[i])
     distilled = [i for samples in targets.values() for i in samples]
-    longer_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, lengths)]
+    guided_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, completion_lengths)]
     delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
-    for idx in microbatches(distilled, longer_lengths, args.microbatch_tokens):
+    for idx in microbatches(distilled, guided_lengths, args.microbatch_tokens):
         if args.distill == "sft":
             logps, _ = token_logps(model, ro, idx, args)
             d = -logps                                                     # [n, C]
@@ -439,10 +470,10 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Distillation,
            args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout, whose autonomous samples have these advantages [b G].
+    """Run the optimizer steps of one rollout and return the metrics. Advantages are [b G], one per sample.
 
-    Skip samples whose advantage is 0: they have no gradient, but the normalizer counts them. Skip problems
-    whose alpha is 0, too. Every sample is scored under the prompt WITHOUT the strategy.
+    Skip samples with advantage 0. They have no gradient, but they count in the loss denominator. Skip
+    problems with alpha 0, too. Every sample is scored under the prompt WITHOUT the strategy.
     """
     lengths = ro.lengths()
     num_problems = len(advantages) // args.group_size                      # b
@@ -450,8 +481,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
     advantages = advantages.to(ro.mask.device)
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        trained = [i for i, trains in enumerate(has_gradient) if trains]
-        old_logps = logps_before_update(model, ro, trained, args)
+        with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
+        old_logps = logps_before_update(model, ro, with_gradient, args)
     sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded", "kl", "kl_clipped",
                           "kl_tokens"), 0.0)
     grad_norms = []
@@ -541,10 +572,11 @@ def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
     num_auto = groups.numel() // world_size()  # they come first
     mask, truncated = ro.mask[:num_auto], ro.truncated[:num_auto]
     num_tokens, num_truncated = sum_over_processes(mask.sum(), truncated.sum())
+    all_equal = (groups == groups[:, :1]).all(1)                           # [B]
     return {
         "reward": groups.mean().item(),
         "reward_std": groups.std(1).mean().item(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "frac_reward_zero_std": all_equal.float().mean().item(),
         "completions/mean_length": num_tokens / groups.numel(),
         "completions/clipped_ratio": num_truncated / groups.numel(),
     }
@@ -581,9 +613,10 @@ def main() -> None:
     if args.extract_only:
         return
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
-                                  weight_decay=args.weight_decay, fused=True)
-    step = start = run.resume(model, optimizer)       # 0 for a new run
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    start = run.resume(model, optimizer)              # 0 for a new run
+    step = start
     if start == 0 and data.held_out:
         run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
@@ -737,14 +770,14 @@ def attach_strategies(train: list[dict], held_out: list[dict], path: Path, token
 
 
 def problems_to_extract(train: list[dict], args: Args) -> list[dict]:
-    """Return the problems with a solution that need a strategy. A problem without one is asked again."""
+    """Return the problems with a solution but no strategy, also those whose extraction failed before."""
     if args.distill == "none" or args.strategist == "none" or not (args.steps or args.extract_only):
         return []
     return [problem for problem in train if "solution" in problem and "strategy" not in problem]
 
 
 def check_strategies(train: list[dict], missing: list[dict], args: Args) -> None:
-    """Refuse problems of which none has or will get a strategy; print how many are trained by GRPO alone."""
+    """Refuse if no problem has or will get a strategy. Print how many problems are trained by GRPO alone."""
     if args.distill == "none" or not args.steps:
         return
     without = sum("strategy" not in problem for problem in train) - len(missing)
@@ -765,7 +798,10 @@ def read_strategies(path: Path) -> dict[str, str | None]:
         strategy = row.get("strategy")
         if not isinstance(row.get("problem"), str) or not isinstance(strategy, str | None):
             refuse(f'{place}: must be a JSON object with "problem" and "strategy"')
-        strategies[row["problem"]] = strategy or strategies.get(row["problem"])
+        if strategy:
+            strategies[row["problem"]] = strategy
+        else:
+            strategies.setdefault(row["problem"], None)
     return strategies
 
 
@@ -802,12 +838,13 @@ def extract_strategies(problems: list[dict], model, tokenizer, path: Path, args:
 
 def extract(problems: list[dict], ask: Ask, tokenizer, args: Args) -> list[dict]:
     """Return, for each problem, the best-scored candidate strategy (or None) together with all candidates."""
+    n = args.strategy_candidates
     prompts = [EXTRACTION_PROMPT.format(problem=problem["problem"], solution=problem["solution"])
-               for problem in problems for _ in range(args.strategy_candidates)]
-    answers = iter(ask(prompts, 1.0))
+               for problem in problems for _ in range(n)]
+    answers = ask(prompts, 1.0)
     results = []
-    for problem in problems:
-        candidates = [judge(next(answers), problem, tokenizer, args) for _ in range(args.strategy_candidates)]
+    for k, problem in enumerate(problems):
+        candidates = [judge(answer, problem, tokenizer, args) for answer in answers[k * n:(k + 1) * n]]
         results.append({"id": problem["id"], "problem": problem["problem"], "strategy": None, "score": None,
                         "candidates": candidates})
     to_score = [k for k, result in enumerate(results) if accepted(result)]

@@ -1,16 +1,17 @@
 """TGPO (Teacher-Guided Policy Optimization): GRPO plus the teacher's next token at every student prefix.
 
-What differs from grpo_baseline.py (formulas beside the functions; the paper is arXiv 2605.13230):
+What differs from grpo_baseline.py (formulas beside the functions; the paper is arXiv 2605.13230; defaults
+are that paper's, so its GRPO row is `tgpo.py --guidance none`):
   1. A frozen teacher reads the student's samples and predicts the next token at each of their positions.
   2. Loss: + lambda_k x mean of -log pi(y* | s), y* the teacher's argmax, on right and wrong samples alike.
   3. lambda_k = max(0.002 - 1e-5 (k - 1), 0) at step k. While it is above 0, groups of equal rewards train.
   4. METHODS has what TGPO is compared with: other labels, TGPO-Adv, RKL (OPD), KDRL, reverse KL.
-  5. Student and teacher are compared on the ids that both tokenizers have; their end tokens count as one.
+  5. Both distributions are restricted to the ids that both tokenizers have; end tokens are mapped.
 
     python tgpo.py                                     # the built-in demo: CPU, offline, a minute
     python tgpo.py --model Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-30B-A3B-Thinking-2507
 
-Read grpo_baseline.py first, then `diff grpo_baseline.py tgpo.py`.
+Read grpo_baseline.py first, then the diff of the two.
 """
 import math
 import time
@@ -24,10 +25,38 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from common import (
-    DEVICE, Fp32Head, Run, RunFlags, build_prompt, check_context, choose_memory, clip_gradient,
-    completion_hidden, end_token_id, flag, gather, generate_in_pieces, learning_rate, load_data, load_model,
-    load_policy, load_reward, load_tokenizer, microbatches, my_share, parse_args, problems_of_step, program,
-    refuse, seed_everything, sft_warmup, shard, stop_ids, sum_over_processes, world_size)
+    DEVICE,
+    Fp32Head,
+    Run,
+    RunFlags,
+    build_prompt,
+    check_context,
+    choose_memory,
+    clip_gradient,
+    completion_hidden,
+    end_token_id,
+    flag,
+    gather,
+    generate_in_pieces,
+    learning_rate,
+    load_data,
+    load_model,
+    load_policy,
+    load_reward,
+    load_tokenizer,
+    microbatches,
+    my_share,
+    parse_args,
+    problems_of_step,
+    program,
+    refuse,
+    seed_everything,
+    sft_warmup,
+    shard,
+    stop_ids,
+    sum_over_processes,
+    world_size,
+)
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
 # (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
@@ -45,16 +74,16 @@ class Args(RunFlags):
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(8, "samples per problem", "[2, inf)")
     max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
-    temperature: float = flag(1.0, "sampling temperature; the loss divides the logits by it, too", "(0, inf)")
-    top_p: float = flag(1.0, "sample from the likeliest tokens that hold this probability", "(0, 1]")
+    temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
+    top_p: float = flag(1.0, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "clip the probability ratio new/old below 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.2, "clip the probability ratio new/old above 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.2, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "dapo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the standard deviation of the group's rewards, of all, or not at all")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
     entropy_bonus: float = flag(0.0, "weight of the entropy that is added to the objective", "[0, inf)")
     # teacher
     teacher: str = flag(None, "hub id or local directory of the teacher; with the demo model: demo, or "
@@ -62,7 +91,7 @@ class Args(RunFlags):
     guidance: Literal["tgpo", "tgpo-sampled", "tgpo-topk", "tgpo-adv", "tgpo-adv-matched", "rkl", "kdrl",
                       "reverse-kl", "none"] = flag("tgpo", "what is learnt from the teacher; none: GRPO")
     coefficient: float = flag(None, "weight of the guidance at step 1 (default: the paper's)", "[0, inf)")
-    coefficient_fall: float = flag(None, "what that weight loses per step, down to 0 (default: the paper's)",
+    coefficient_fall: float = flag(None, "decrease of that weight per step, down to 0 (default: the paper's)",
                                    "[0, inf)")
     reward_weight: float = flag(None, "weight of the reward's advantage (default: the paper's)", "[0, inf)")
     topk: int = flag(None, "compare the teacher's k likeliest tokens (default: 20 with tgpo-topk, the whole "
@@ -133,8 +162,8 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
     )
     completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    ends_before = is_end.cumsum(1) - is_end.long()
-    mask = ends_before == 0
+    num_ends = is_end.cumsum(1)                                                           # [N, C]
+    mask = (num_ends == 0) | (is_end & (num_ends == 1))
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     return Rollout(prompts, completions, mask, ~is_end.any(1), texts)
@@ -260,7 +289,7 @@ def entropy_with_gradient(logits: Tensor) -> Tensor:
 @dataclass
 class Advice:
     """What the teacher says about every token of a rollout, [N, C] each."""
-    labels: Tensor      # what it would write here, as a student's id; -1 if the student has no such token
+    labels: Tensor      # its token (argmax, or drawn) as a student's id; -1 if the student has no such token
     logps: Tensor       # log pi_T(a) of the student's token, over the shared ids
     agrees: Tensor      # True if its argmax is the student's token
     top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 without --topk
@@ -372,7 +401,7 @@ class Teacher:
         return completion_hidden(self.model, prompts, known.to(self.device), mask.to(self.device))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return its logits [m, V] from hidden states, with its end token in the place of the student's."""
+        """Return the teacher's logits [m, V] from hidden states; those of the two end tokens are swapped."""
         logits = Fp32Head(self.model)(hidden) / self.args.temperature
         ends = [self.student_end, self.teacher_end]
         swapped = [self.teacher_end, self.student_end]
@@ -388,8 +417,8 @@ class Teacher:
         labels = best
         if METHODS[self.args.guidance].draws_labels:
             labels = logits.softmax(-1).multinomial(1)[:, 0]
-        best = self.as_student_id(best)
-        labels = self.as_student_id(labels)
+        best = self.map_end_tokens(best)
+        labels = self.map_end_tokens(labels)
         top = shared_logits.topk(self.args.topk or 0)
         return Advice(
             labels=torch.where(labels < self.num_shared, labels, -1),
@@ -399,13 +428,13 @@ class Teacher:
             top_logits=top.values,
         )
 
-    def as_student_id(self, ids: Tensor) -> Tensor:
+    def map_end_tokens(self, ids: Tensor) -> Tensor:
         """Replace the teacher's other end tokens by the student's end token."""
         other_ends = torch.tensor(self.other_ends, device=ids.device)
         return torch.where(torch.isin(ids, other_ends), self.student_end, ids)
 
     @torch.no_grad()
-    def read(self, ro: Rollout, samples: list[int]) -> Advice:
+    def read(self, ro: Rollout, samples: list[int]) -> Advice | None:
         """Return the teacher's advice on these samples of a rollout, [N, C]; other samples get zeros."""
         advice = None
         for idx in microbatches(samples, ro.lengths(), self.MICROBATCH_TOKENS):
@@ -422,11 +451,11 @@ class Teacher:
             for name, tensor in vars(advice).items():
                 values = torch.cat([getattr(chunk, name) for chunk in chunks])
                 tensor[sample, t] = values.to(mask.device)
-        self.rest()
+        self.offload()
         return advice
 
-    def rest(self) -> None:
-        """Go back to CPU memory, with --teacher_offload."""
+    def offload(self) -> None:
+        """Move the teacher back to CPU memory if --teacher_offload is set."""
         if self.is_offloaded:
             self.model.to("cpu")
 
@@ -434,7 +463,7 @@ class Teacher:
 def check_vocabulary(tokenizer, teacher_tokenizer, name: str) -> None:
     """Refuse a teacher whose tokenizer spells a shared id differently, before any weight is loaded.
 
-    Embedding tables are padded to widths that say nothing, so the lengths of the tokenizers count.
+    The lengths of the tokenizers are compared, because embedding tables are padded to arbitrary widths.
     """
     shared = list(range(min(len(tokenizer), len(teacher_tokenizer))))
     student_tokens = tokenizer.convert_ids_to_tokens(shared)
@@ -580,9 +609,9 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
 
 def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher | None, coef: float,
            args: Args) -> dict[str, float]:
-    """Run all optimizer steps for one rollout, whose samples have these advantages [b G]; return the metrics.
+    """Run the optimizer steps of one rollout and return the metrics. Advantages are [b G], one per sample.
 
-    Skip samples without a gradient (advantage 0 while `coef` is 0). The normalizer counts them.
+    Skip samples with advantage 0 if `coef`, the guidance's weight, is 0. They count in the loss denominator.
     """
     method = METHODS[args.guidance] if coef else METHODS["none"]
     advantages = advantages * args.reward_weight
@@ -594,11 +623,11 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     advantages = advantages.to(ro.mask.device)
     all_trained = [i for i, trains in enumerate(has_gradient) if trains]
     advice = teacher.read(ro, all_trained) if teacher else None
-    advised_mask = ro.mask  # [N, C] tokens that the guidance has something to say about
+    advised_mask = ro.mask  # [N, C] tokens on which the method has advice
     if method.uses_labels:
-        advised_mask = ro.mask & (advice.labels >= 0)
+        advised_mask = advised_mask & (advice.labels >= 0)
     if method.uses_logps:
-        advised_mask = ro.mask & (ro.completions < teacher.num_shared)
+        advised_mask = advised_mask & (ro.completions < teacher.num_shared)
     old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
         old_scores = scores_before_update(model, ro, all_trained, teacher, advice, method, args)
@@ -658,7 +687,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
             optimizer.zero_grad()
     model.eval()
     if teacher:
-        teacher.rest()
+        teacher.offload()
     return update_metrics(sums, grad_norms)
 
 
@@ -680,10 +709,11 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
 def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
     """Return the metrics of a step's samples, whose rewards are `groups` [B, G]."""
     num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+    all_equal = (groups == groups[:, :1]).all(1)                           # [B]
     return {
         "reward": groups.mean().item(),
         "reward_std": groups.std(1).mean().item(),
-        "frac_reward_zero_std": (groups == groups[:, :1]).all(1).float().mean().item(),
+        "frac_reward_zero_std": all_equal.float().mean().item(),
         "completions/mean_length": num_tokens / groups.numel(),
         "completions/clipped_ratio": num_truncated / groups.numel(),
     }
@@ -711,9 +741,10 @@ def main() -> None:
         teacher = Teacher(args, tokenizer, teacher_tokenizer, stop_ids(model, tokenizer))
     run.create(data)
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=args.lr,
-                                  weight_decay=args.weight_decay, fused=True)
-    step = start = run.resume(model, optimizer)       # 0 for a new run
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    start = run.resume(model, optimizer)              # 0 for a new run
+    step = start
     if start == 0 and data.held_out:
         run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 

@@ -10,7 +10,7 @@ import sgpo
 import tgpo
 from conftest import read_jsonl, small_tokenizer, write_jsonl
 
-PROMPTS = [[5, 6, 7]] * 3 + [[9, 8, 7, 6]] * 2 + [[k] for k in range(10, 40)]
+PROMPTS = [[5, 6, 7], [5, 6, 7], [9, 8, 7, 6], *([k] for k in range(10, 40))]
 
 
 def load_policy(model_dirs, **flags):
@@ -18,9 +18,19 @@ def load_policy(model_dirs, **flags):
 
 
 def random_rollout(script):
+    prompts = [[5, 6, 7], [8]]
     ids = torch.randint(5, 200, (2, 12), device=common.DEVICE)
-    more = [[[5, 6, 7], [8]]] if script is sgpo else []
-    return script.Rollout([[5, 6, 7], [8]], *more, ids, ids > 0, ids[:, 0] < 0, ["", ""])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    fields = {
+        "prompts": prompts,
+        "completions": ids,
+        "mask": mask,
+        "truncated": ~mask[:, 0],
+        "texts": ["", ""],
+    }
+    if script is sgpo:
+        fields["sampled_from"] = [[30, 5, 6, 7], [31, 8]]  # guided prompts
+    return script.Rollout(**fields)
 
 
 def test_offloaded_model_samples_as_the_bf16_copy_of_a_plain_one(model_dirs):
@@ -41,22 +51,24 @@ def test_bf16_logps_are_close_to_fp32_and_weights_stay_fp32(model_dirs, flags):
     ro = random_rollout(sgpo)
     logps, _ = sgpo.token_logps(model, ro, [0, 1], sgpo.Args(bf16=True))
     exact_logps, _ = sgpo.token_logps(exact, ro, [0, 1], sgpo.Args(bf16=False))
-    assert 0 < (logps - exact_logps).abs().mean() < 0.1
+    error = (logps - exact_logps).abs().mean()
+    assert 0 < error < 0.1
     logps.sum().backward()
     weights_on = "cpu" if flags.get("cpu_offload") else common.DEVICE.type
     for p in model.parameters():
-        assert p.dtype == p.grad.dtype == torch.float32
-        assert p.device.type == p.grad.device.type == weights_on
+        assert p.dtype == torch.float32
+        assert p.grad.dtype == torch.float32
+        assert p.device.type == weights_on
 
 
 def test_bf16_kl_is_close_to_fp32(model_dirs):
     ro = random_rollout(sgpo)
-    ro.sampled_from = [[30, 5, 6, 7], [31, 8]]
     kl = []
     for bf16 in (False, True):
         model = common.load_policy(sgpo.Args(model=str(model_dirs["qwen2"]), bf16=bf16))
         kl.append(sgpo.token_kl(model, ro, [0, 1], sgpo.Args(bf16=bf16)).detach())
-    assert 0 < (kl[1] - kl[0]).abs().mean() < 0.1 * kl[0].mean()
+    error = (kl[1] - kl[0]).abs().mean()
+    assert 0 < error < 0.1 * kl[0].mean()
 
 
 def test_bf16_teacher_is_close_to_fp32(model_dirs):
@@ -67,11 +79,15 @@ def test_bf16_teacher_is_close_to_fp32(model_dirs):
         args = tgpo.Args(teacher=str(model_dirs["llama"]), bf16=bf16, guidance="tgpo-topk")
         tgpo.check_args(args)
         teacher = tgpo.Teacher(args, tokenizer, tokenizer, [257])
-        assert teacher.model.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        assert teacher.model.dtype == dtype
         advice.append(teacher.read(ro, [0, 1]))
-    assert 0 < (advice[0].logps - advice[1].logps).abs().mean() < 0.1
-    assert (advice[0].labels == advice[1].labels).float().mean() > 0.8
-    assert advice[1].top_ids.shape == (2, 12, 20)
+    exact, rounded = advice
+    error = (exact.logps - rounded.logps).abs().mean()
+    assert 0 < error < 0.1
+    same_label = exact.labels == rounded.labels
+    assert same_label.float().mean() > 0.8
+    assert rounded.top_ids.shape == (2, 12, 20)
 
 
 @pytest.mark.parametrize("script, flags", [
@@ -85,8 +101,9 @@ def test_bf16_teacher_is_close_to_fp32(model_dirs):
 def test_bf16_run_and_its_resume(script, flags, train, tmp_path):
     rows = []
     for i in range(12):
-        rows.append({"problem": f"What is {i} + {i}?", "answer": str(2 * i), "solution": "==",
-                     "strategy": f"Type: sum. Strategy: double. Steps: double {i}."})
+        strategy = f"Type: sum. Strategy: double. Steps: double {i}."
+        row = {"problem": f"{i} + {i}?", "answer": "1", "solution": "==", "strategy": strategy}
+        rows.append(row)
     dataset = write_jsonl(tmp_path / "rows.jsonl", rows[2:])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[:2])
     words = f"--dataset {dataset} --eval_dataset {held_out} --eval_samples 1 --bf16 --warmup_frac 0 {flags}"
@@ -104,12 +121,15 @@ def test_bf16_run_and_its_resume(script, flags, train, tmp_path):
 
 
 def test_one_process_of_torchrun(train, monkeypatch):
-    environment = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
     run = train("grpo_baseline", "--steps", 1, "--bf16", True)
     metrics, = read_jsonl(run / "metrics.jsonl")
     config = json.loads((run / "config.json").read_text())
     assert metrics["updates"] == 1
     assert config["processes"] == 1
-    assert config["device"] == (torch.cuda.get_device_name() if common.ON_GPU else "cpu")
+    device = torch.cuda.get_device_name() if common.ON_GPU else "cpu"
+    assert config["device"] == device

@@ -164,7 +164,7 @@ def test_other_ends_are_labels_for_the_students_end(student_ends, teacher_end, o
     teacher, _ = make_teacher(end=ENDOFTEXT, student_ends=student_ends)
     assert teacher.teacher_end == teacher_end
     assert teacher.other_ends == other_ends
-    labels = teacher.as_student_id(torch.tensor([5, *other_ends])).tolist()
+    labels = teacher.map_end_tokens(torch.tensor([5, *other_ends])).tolist()
     assert labels == [5] + [IM_END] * len(other_ends)
 
 

@@ -21,14 +21,33 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 FORKS = sorted(path.stem for path in (ROOT / "tests" / "forks").glob("*.diff"))
-GUIDANCES = ["tgpo-sampled", "tgpo-topk", "tgpo-adv", "tgpo-adv-matched", "rkl", "kdrl", "reverse-kl", "none"]
 SGPO_ROWS = [
-    "grpo_baseline", *FORKS, "sgpo", "sgpo --distill none", "sgpo --no_autonomous_grpo",
-    "sgpo --target all --delta inf", "sgpo --delta inf", "sgpo --target all", "sgpo --weight fixed",
-    "sgpo --weight group_advantage", "sgpo --distill reverse_kl", "sgpo --distill sft"]
+    "grpo_baseline",
+    *FORKS,
+    "sgpo",
+    "sgpo --distill none",
+    "sgpo --no_autonomous_grpo",
+    "sgpo --target all --delta inf",
+    "sgpo --delta inf",
+    "sgpo --target all",
+    "sgpo --weight fixed",
+    "sgpo --weight group_advantage",
+    "sgpo --distill reverse_kl",
+    "sgpo --distill sft",
+]
 TGPO_ROWS = [
-    "tgpo", *(f"tgpo --guidance {name}" for name in GUIDANCES),
-    "tgpo --teacher demo-same-style", "tgpo --teacher demo-same-style --guidance rkl"]
+    "tgpo",
+    "tgpo --guidance tgpo-sampled",
+    "tgpo --guidance tgpo-topk",
+    "tgpo --guidance tgpo-adv",
+    "tgpo --guidance tgpo-adv-matched",
+    "tgpo --guidance rkl",
+    "tgpo --guidance kdrl",
+    "tgpo --guidance reverse-kl",
+    "tgpo --guidance none",
+    "tgpo --teacher demo-same-style",
+    "tgpo --teacher demo-same-style --guidance rkl",
+]
 
 
 def train(row: str, seed: int, file: Path) -> None:
@@ -66,8 +85,10 @@ def table(rows: list[str], runs: dict[tuple[str, int], list[dict]]) -> str:
 
     Speed is the step at which the mean reward of five steps reaches half of the best row's final accuracy.
     """
-    by_row = {row: [runs[key] for key in sorted(runs) if key[0] == row] for row in rows}
-    by_row = {row: metrics for row, metrics in by_row.items() if metrics}
+    by_row = {}
+    for row, seed in sorted(runs):
+        by_row.setdefault(row, []).append(runs[row, seed])
+    by_row = {row: by_row[row] for row in rows if row in by_row}
     final = {row: [run[-1]["eval/accuracy"] for run in metrics] for row, metrics in by_row.items()}
     half = max((np.mean(accuracies) for accuracies in final.values()), default=0) / 2
     lines = ["| run | before | after | each seed | steps to half of the best | mean reward |",

@@ -18,14 +18,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
-README = [  # picture, rows, metrics
-    ("sgpo.png", ["grpo_baseline", "hpt", "luffy", "sgpo"], ["reward", "sgpo/alpha", "sgpo/p_auto"]),
-    ("tgpo.png", ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance reverse-kl"],
-     ["reward", "tgpo/mismatch", "tgpo/reverse_kl_k1"]),
-]
+SGPO_ROWS = ["grpo_baseline", "hpt", "luffy", "sgpo"]
+SGPO_KEYS = ["reward", "sgpo/alpha", "sgpo/p_auto"]
+TGPO_ROWS = ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance reverse-kl"]
+TGPO_KEYS = ["reward", "tgpo/mismatch", "tgpo/reverse_kl_k1"]
 SMOOTH = 5        # steps of the running mean
 GREY = "#808080"  # of all lines and letters: it can be read on white and on black
-COLOURS = ["#e0602c", "#3a86d8", "#2ca05a", "#b05cc6", "#c79a1e", "#17a2a8", "#d6478f", "#7a7a7a"]
+COLOURS = "#e0602c #3a86d8 #2ca05a #b05cc6 #c79a1e #17a2a8 #d6478f #7a7a7a".split()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -46,20 +45,25 @@ def load(paths: list[Path]) -> dict[str, list[list[dict]]]:
 
 def curve(runs: list[list[dict]], key: str) -> tuple | None:
     """Return steps, mean and standard deviation over seeds of a metric's running mean, or None."""
-    by_seed = [{row["step"]: row[key] for row in metrics if key in row} for metrics in runs]
+    by_seed = []
+    for metrics in runs:
+        by_seed.append({row["step"]: row[key] for row in metrics if key in row})
     steps = sorted(set.intersection(*map(set, by_seed)))
     if not steps:
         return None
     width = min(SMOOTH, len(steps))
-    values = np.array([[seed[step] for step in steps] for seed in by_seed], float)
-    smooth = np.array([np.convolve(row, np.ones(width) / width, "valid") for row in values])
-    return np.array(steps[width - 1:]), smooth.mean(0), smooth.std(0)
+    values = [[seed[step] for step in steps] for seed in by_seed]
+    window = np.ones(width) / width
+    smooth = np.array([np.convolve(row, window, "valid") for row in values])
+    last_steps = np.array(steps[width - 1:])  # of each window
+    return last_steps, smooth.mean(0), smooth.std(0)
 
 
 def draw(runs: dict[str, list[list[dict]]], names: list[str], keys: list[str], out: Path) -> None:
     """Draw one panel per metric and save the picture."""
-    coloured = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    plt.rcParams.update(dict.fromkeys(coloured, GREY) | {"font.size": 9})
+    for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        plt.rcParams[name] = GREY
+    plt.rcParams["font.size"] = 9
     size = (4 * len(keys), 3.3)
     figure, panels = plt.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
     for panel, key in zip(panels[0], keys):
@@ -91,7 +95,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     loaded = load(args.runs)
     if args.readme:
-        for picture, names, keys in README:
-            draw(loaded, names, keys, HERE / picture)
+        draw(loaded, SGPO_ROWS, SGPO_KEYS, HERE / "sgpo.png")
+        draw(loaded, TGPO_ROWS, TGPO_KEYS, HERE / "tgpo.png")
     else:
         draw(loaded, args.only or list(loaded), args.keys, args.out)

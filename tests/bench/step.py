@@ -219,12 +219,28 @@ def run_trl(name: str, config: Config, folder: Path, steps: int) -> list[dict]:
         return [pays(text, {"problem": prompt}) for prompt, text in zip(prompts, completions)]
 
     settings = {
-        "output_dir": str(folder / "trl"), "max_steps": steps, "learning_rate": 1e-6, "weight_decay": 0.01,
-        "num_generations": config.samples, "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": completions_per_step // batch, "beta": 0.0, "epsilon": 0.2,
-        "epsilon_high": 0.28, "max_completion_length": config.tokens, "temperature": 1.0, "top_p": 1.0,
-        "loss_type": "grpo", "bf16": common.ON_GPU, "use_cpu": not common.ON_GPU, "report_to": [],
-        "save_strategy": "no", "logging_steps": 1, "seed": 0, "disable_tqdm": True}
+        "output_dir": str(folder / "trl"),
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "weight_decay": 0.01,
+        "num_generations": config.samples,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": completions_per_step // batch,
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "max_completion_length": config.tokens,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "loss_type": "grpo",
+        "bf16": common.ON_GPU,
+        "use_cpu": not common.ON_GPU,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 0,
+        "disable_tqdm": True,
+    }
     if name == "trl-lean":
         settings["gradient_checkpointing"] = False
     if name == "sdpo":
