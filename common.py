@@ -1785,9 +1785,8 @@ def fill_adam_state(optimizer) -> None:
 
 def training_state(model, optimizer) -> dict[str, dict]:
     """Return what a checkpoint holds: the weights, with LoRA those of the adapters only, and Adam's state."""
-    options = StateDictOptions(ignore_frozen_params=bool(adapters(model)))
-    return {"model": get_model_state_dict(model, options=options),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    weights = adapters(model) or get_model_state_dict(model)
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def save_checkpoint(final: Path, model, optimizer, step: int) -> None:
