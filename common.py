@@ -303,7 +303,7 @@ def parse_args(args_class: type, defaults: dict[str, Any] | None = None) -> Any:
     argv = sys.argv[1:]
     if argv and argv[0].endswith(".json"):
         argv = flags_of_file(argv[0]) + argv[1:]
-    description = sys.modules[args_class.__module__].__doc__
+    description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
     model = last_value(argv, "model", "demo")
     benchmarks = last_value(argv, "benchmarks", "")
@@ -731,12 +731,13 @@ def end_token_id(tokenizer) -> int:
         text = apply_template(tokenizer, messages, add_generation_prompt=False)
     except Exception:  # the template wants another form of conversation
         return tokenizer.eos_token_id
-    after_answer = text.rpartition(answer)[2].lstrip()
-    ids = tokenizer(after_answer, add_special_tokens=False).input_ids
+    before, _, after = text.rpartition(answer)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids[:1]
     special_ids = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    if ids and ids[0] in special_ids:
-        return ids[0]
-    return tokenizer.eos_token_id
+    opens_a_turn = before.rstrip().endswith(tokenizer.decode(ids))  # the template always adds a next turn
+    if not ids or ids[0] not in special_ids or opens_a_turn:
+        return tokenizer.eos_token_id
+    return ids[0]
 
 
 def stop_ids(model, tokenizer) -> list[int]:

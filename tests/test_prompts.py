@@ -93,6 +93,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_dropped(appended, template):
 # ---- end tokens
 
 PLAIN_TURNS = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+OPENS_THE_NEXT_TURN = ("{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'assistant' else '' }}"
+                       "{{ m['content'] }}{% endfor %}<|im_start|>")
 ONE_MESSAGE = "{% if messages|length > 1 %}{{ raise_exception('one message') }}{% endif %}{{ messages }}"
 
 
@@ -102,6 +104,7 @@ ONE_MESSAGE = "{% if messages|length > 1 %}{{ raise_exception('one message') }}{
     (CHAT_TEMPLATE.replace("<|im_end|>", " <|endoftext|>"), "<|im_end|>", ENDOFTEXT),
     (None, "<|endoftext|>", ENDOFTEXT),
     (PLAIN_TURNS, "<|endoftext|>", ENDOFTEXT),
+    (OPENS_THE_NEXT_TURN, "<|endoftext|>", ENDOFTEXT),
     (ONE_MESSAGE, "<|endoftext|>", ENDOFTEXT)])
 def test_the_end_token_is_the_one_that_closes_the_templates_turn(template, eos, expected):
     tokenizer = small_tokenizer(template, eos)
