@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 SGPO_ROWS = ["grpo_baseline", "hpt", "luffy", "sgpo"]
 SGPO_KEYS = ["reward", "sgpo/alpha", "sgpo/p_auto"]
-TGPO_ROWS = ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance reverse-kl"]
+TGPO_ROWS = ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance kdrl"]
 TGPO_KEYS = ["reward", "tgpo/mismatch", "tgpo/reverse_kl_k1"]
 SMOOTH = 5        # steps of the running mean
 GREY = "#808080"  # of all lines and letters: it can be read on white and on black
@@ -45,6 +45,8 @@ def load(paths: list[Path]) -> dict[str, list[list[dict]]]:
 
 def curve(runs: list[list[dict]], key: str) -> tuple | None:
     """Return steps, mean and standard deviation over seeds of a metric's running mean, or None."""
+    if not runs:
+        return None
     by_seed = []
     for metrics in runs:
         by_seed.append({row["step"]: row[key] for row in metrics if key in row})
