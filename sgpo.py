@@ -244,7 +244,10 @@ def reverse_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 def clip_kl(d: Tensor, delta: float) -> Tensor:
-    """Return 1[d <= delta] d (Eq. 5). Outliers are masked, not capped, and count in the denominator |o+|."""
+    """Return 1[d <= delta] d (Eq. 5). Outliers are masked, and count in the denominator |o+|.
+
+    A cap min(d, delta) would have the same gradient, because a capped token has none, but another value.
+    """
     return torch.where(d <= delta, d, 0.0)
 
 

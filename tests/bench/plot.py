@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).parent
 SGPO_ROWS = ["grpo_baseline", "hpt", "luffy", "sgpo"]
-SGPO_KEYS = ["reward", "sgpo/alpha", "sgpo/p_auto"]
+SGPO_KEYS = ["reward", "sgpo/alpha", "sgpo/kl"]
 TGPO_ROWS = ["tgpo", "tgpo --guidance rkl", "tgpo --guidance none", "tgpo --guidance kdrl"]
 TGPO_KEYS = ["reward", "tgpo/mismatch", "tgpo/reverse_kl_k1"]
 SMOOTH = 5        # steps of the running mean
