@@ -294,11 +294,11 @@ class FlagParser(HfArgumentParser):
         refuse(f"{message} (--help lists the flags)")
 
 
-def parse_args(args_class: type, defaults: dict[str, Any] | None = None) -> Any:
+def parse_args(args_class: type) -> Any:
     """Return the command line as an `args_class`.
 
-    A JSON file of flags, for example a run's config.json, may come first; flags behind it win. `defaults`
-    replace defaults of the class. The demo's model and problems bring defaults of their own.
+    A JSON file of flags, for example a run's config.json, may come first; flags behind it win. The demo's
+    model and problems bring defaults of their own.
     """
     argv = sys.argv[1:]
     if argv and argv[0].endswith(".json"):
@@ -309,7 +309,6 @@ def parse_args(args_class: type, defaults: dict[str, Any] | None = None) -> Any:
     benchmarks = last_value(argv, "benchmarks", "")
     if "demo" in (model, benchmarks):
         parser.set_defaults(**demo_flags(args_class, last_value(argv, "guidance", "tgpo")))
-    parser.set_defaults(**(defaults or {}))
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
@@ -1050,7 +1049,7 @@ PREFILL_TOKENS = 2 ** 16    # prompt tokens of one forward pass
 def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig, max_rows: int) -> Tensor:
     """Return one completion per prompt, token ids [N, C], padded behind the first end token.
 
-    Runs `model.generate` on as many prompts at the same time as memory allows, at most `max_rows`.
+    Run `model.generate` on as many prompts at the same time as memory allows, at most `max_rows`.
 
     Three traps are avoided here. `generate` fills fields that a GenerationConfig leaves open from the
     checkpoint's own (for Qwen2.5-Instruct: top_k 20, repetition_penalty 1.05), so we take that away for the

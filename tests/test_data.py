@@ -341,9 +341,9 @@ def test_a_step_may_need_more_problems_than_there_are():
 @pytest.fixture
 def parse(monkeypatch):
     """Return a function that parses a command line for a script."""
-    def run(*argv, script=grpo_baseline, **defaults):
+    def run(*argv, script=grpo_baseline):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
-        return common.parse_args(script.Args, defaults)
+        return common.parse_args(script.Args)
 
     return run
 
@@ -403,11 +403,6 @@ def test_the_demo_brings_defaults_that_do_not_override_flags(parse):
     assert args.steps == 3
     assert args.max_grad_norm == common.DEMO_TGPO_FLAGS["max_grad_norm"]
     assert parse("--model=m", script=sgpo).delta == 1.0
-
-
-def test_defaults_of_a_fork_replace_those_of_the_class_only(parse):
-    assert parse("--model", "m", lr=0.25).lr == 0.25
-    assert parse("--model", "m", "--lr", 0.5, lr=0.25).lr == 0.5
 
 
 PAPER = {  # the constants of the two papers
