@@ -1,9 +1,10 @@
-"""Run the papers' ablations on the demo, over seeds: one JSON line per run, a Markdown table at the end.
+"""Run the papers' ablations on the demo or a real model: one JSON line per run, a Markdown table at the end.
 
     python tests/bench/ablations.py                                            # all rows, seeds 0 1 2
     python tests/bench/ablations.py --seeds 3 4                                # two more seeds
     python tests/bench/ablations.py --only sgpo "sgpo --delta inf"             # these rows
     python tests/bench/ablations.py --only grpo_baseline luffy hpt gspo cispo  # the forks, too
+    python tests/bench/ablations.py --real DIR --file real.jsonl               # on DIR of tests/bench/real.py
 
 A run whose line is in --file is not repeated, so the same command continues after a stop.
 """
@@ -48,25 +49,47 @@ TGPO_ROWS = [
     "tgpo --teacher demo-same-style",
     "tgpo --teacher demo-same-style --guidance rkl",
 ]
+REAL_FLAGS = [
+    "--warmup_frac", "0", "--system_prompt", "Prices.", "--max_new_tokens", "32", "--steps", "24",
+    "--prompts_per_step", "12", "--lr", "5e-5", "--lr_warmup_steps", "2", "--lr_schedule", "linear",
+    "--max_grad_norm", "0.1", "--bf16", "--microbatch_tokens", "4096", "--save_every", "0",
+    "--eval_every", "0", "--eval_samples", "4", "--eval_temperature", "1",
+]
+REAL_FLAGS_OF = {  # 72 samples a step in every row
+    "sgpo": ["--group_size", "4", "--guided_group_size", "2", "--delta", "6"],
+    "luffy": ["--group_size", "5"],  # and the given solution
+}
 
 
-def train(row: str, seed: int, file: Path) -> None:
+def real_flags(script: str, folder: Path) -> list[str]:
+    """Return the flags with which a script trains the model of tests/bench/real.py in this folder."""
+    flags = ["--model", folder / "warm" / "model", "--dataset", folder / "train.jsonl",
+             "--eval_dataset", folder / "held_out.jsonl", *REAL_FLAGS]
+    if script == "tgpo":
+        flags += ["--teacher", folder / "teacher" / "model"]
+    return flags + REAL_FLAGS_OF.get(script, ["--group_size", "6"])
+
+
+def train(row: str, seed: int, file: Path, real: Path | None, keep: Path | None) -> None:
     """Make one run on one thread and append its line: row, seed, seconds and all of its metrics."""
     script, *flags = row.split()
+    if real:
+        flags = real_flags(script, real) + flags
     with tempfile.TemporaryDirectory() as folder:
         path = ROOT / f"{script}.py"
         if script in FORKS:
             path = Path(folder, f"{script}.py")
             diff = ROOT / "tests" / "forks" / f"{script}.diff"
             subprocess.run(["patch", "-s", "-o", path, ROOT / "grpo_baseline.py", diff], check=True)
-        command = [sys.executable, path, *flags, "--seed", str(seed), "--out", f"{folder}/run"]
+        out = Path(keep or folder, f"{row.replace(' ', '_')}.{seed}")
+        command = [sys.executable, path, *flags, "--seed", str(seed), "--out", out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         start = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         seconds = round(time.time() - start)
         if done.returncode:
             raise RuntimeError(f"{row}, seed {seed}: {done.stderr}")
-        lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        lines = Path(out, "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     with file.open("a") as out:
         out.write(json.dumps({"run": row, "seed": seed, "seconds": seconds, "metrics": metrics}) + "\n")
@@ -117,10 +140,12 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--file", type=Path, default=Path("ablations.jsonl"))
+    parser.add_argument("--real", type=Path, help="train the model of tests/bench/real.py in this folder")
+    parser.add_argument("--keep", type=Path, help="keep the run directories in this folder")
     args = parser.parse_args()
     done = finished_runs(args.file)
     jobs = [(row, seed) for seed in args.seeds for row in args.only if (row, seed) not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: train(*job, args.file), jobs))
+        list(pool.map(lambda job: train(*job, args.file, args.real, args.keep), jobs))
     for rows in (SGPO_ROWS, TGPO_ROWS):
         print("\n" + table(rows, finished_runs(args.file)))

