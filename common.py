@@ -1045,9 +1045,17 @@ CPU_CACHE_BYTES = 4 * 2 ** 30
 PREFILL_TOKENS = 2 ** 16    # prompt tokens of one forward pass
 
 
+@dataclass
+class Samples:
+    """Completions, and what the sampler knows of every token; [N, C] each, 0 behind the first end token."""
+    ids: Tensor        # token ids, padded with an end token
+    logps: Tensor      # log pi(token) by the weights that sample, before top-p
+    kept_mass: Tensor  # the probability of all tokens that top-p keeps
+
+
 @torch.no_grad()
-def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig, max_rows: int) -> Tensor:
-    """Return one completion per prompt, token ids [N, C], padded behind the first end token.
+def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig, max_rows: int) -> Samples:
+    """Return one completion per prompt.
 
     Run `model.generate` on as many prompts at the same time as memory allows, at most `max_rows`.
 
@@ -1069,13 +1077,23 @@ def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig
         finally:
             bar.close()
             sampler.generation_config = own_config
+    device = device_of(model)
+    return Samples(
+        ids=joined([part.ids for part in parts], config.pad_token_id, device).long(),
+        logps=joined([part.logps for part in parts], 0.0, device),
+        kept_mass=joined([part.kept_mass for part in parts], 0.0, device),
+    )
+
+
+def joined(parts: list[Tensor], value: float, device) -> Tensor:
+    """Return the rows of all parts [n, C], padded on the right to the widest."""
     width = max((part.shape[1] for part in parts), default=0)
-    padded = [F.pad(part, (0, width - part.shape[1]), value=config.pad_token_id) for part in parts]
-    return torch.cat(padded) if padded else torch.zeros(0, 0, dtype=torch.long, device=device_of(model))
+    padded = [F.pad(part, (0, width - part.shape[1]), value=value) for part in parts]
+    return torch.cat(padded) if padded else torch.zeros(0, 0, device=device)
 
 
-def generate_batch(model, prompts: list[list[int]], config: GenerationConfig, bar: tqdm) -> Tensor:
-    """Return the completions [n, C] of one batch, from several calls of `model.generate`.
+def generate_batch(model, prompts: list[list[int]], config: GenerationConfig, bar: tqdm) -> Samples:
+    """Return the completions of one batch, from several calls of `model.generate`.
 
     A call ends when a tenth of its rows have ended. Finished rows leave the batch, and the next call goes on
     with the KV cache of the others, so that a batch does not wait for its longest row. Measured on natural
@@ -1084,28 +1102,35 @@ def generate_batch(model, prompts: list[list[int]], config: GenerationConfig, ba
     end_ids = torch.tensor(config.eos_token_id, device=device_of(model))
     ids, mask = left_pad(prompts, config.pad_token_id, device_of(model))
     prompt_width = ids.shape[1]
-    processors = []
     config = copy.copy(config)
-    if config.do_sample and config.top_p < 1:
-        processors.append(NucleusFilter(config.top_p, config.temperature))
-        config.top_p = 1.0
+    top_p = config.top_p if config.do_sample else 1.0
+    temperature = config.temperature if config.do_sample else 1.0
+    config.top_p = 1.0  # NucleusFilter does it
     cache = DynamicCache(config=model.config)
     if not has_plain_cache(cache):
+        nucleus = NucleusFilter(top_p, temperature)
         ids = model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=False,
-                             logits_processor=processors)
+                             logits_processor=[nucleus])
         bar.update(len(prompts))
-        return ids[:, prompt_width:]
+        return Samples(ids[:, prompt_width:], nucleus.logps(ids), nucleus.kept_mass())
     read_prompts(model, prompts, ids, mask, cache, config)
-    completions = torch.full((len(prompts), config.max_new_tokens), config.pad_token_id, device=ids.device)
+    size = (len(prompts), config.max_new_tokens)
+    completions = torch.full(size, config.pad_token_id, device=ids.device)
+    logps = torch.zeros(size, device=ids.device)
+    kept_mass = torch.zeros(size, device=ids.device)
     active = torch.arange(len(prompts), device=ids.device)  # rows that have not ended
     written = 0
     while len(active) and written < completions.shape[1]:
         config.max_new_tokens = completions.shape[1] - written
         enough_ended = EnoughEnded(end_ids, max(len(active) // 10, 1))
+        nucleus = NucleusFilter(top_p, temperature)
         ids = model.generate(ids, attention_mask=mask, cache=cache, generation_config=config,
-                             logits_processor=processors, stopping_criteria=[enough_ended], synced_gpus=False)
+                             logits_processor=[nucleus], stopping_criteria=[enough_ended], synced_gpus=False)
         new = ids[:, prompt_width + written:]
-        completions[active, written:written + new.shape[1]] = new
+        columns = slice(written, written + new.shape[1])
+        completions[active, columns] = new
+        logps[active, columns] = nucleus.logps(ids)
+        kept_mass[active, columns] = nucleus.kept_mass()
         written += new.shape[1]
         unfinished = (~torch.isin(new, end_ids).any(1)).nonzero()[:, 0]
         bar.update(len(active) - len(unfinished))
@@ -1114,7 +1139,7 @@ def generate_batch(model, prompts: list[list[int]], config: GenerationConfig, ba
         active = active[unfinished]
         if len(active):
             cache.batch_select_indices(unfinished)
-    return completions[:, :written]
+    return Samples(completions[:, :written], logps[:, :written], kept_mass[:, :written])
 
 
 def read_prompts(model, prompts: list[list[int]], ids: Tensor, mask: Tensor, cache: DynamicCache,
@@ -1167,7 +1192,7 @@ class EnoughEnded(StoppingCriteria):
 
 
 class NucleusFilter(LogitsProcessor):
-    """Top-p as in transformers, without its sort of the whole vocabulary at every token.
+    """Top-p as in transformers, without its sort of the whole vocabulary; keeps log-probs and kept mass.
 
     The 1,024 likeliest tokens nearly always hold more than top_p. At V = 152k and 32 rows on a CPU the sort
     takes 3.3 s a token, more than the model. transformers applies the temperature after us.
@@ -1177,16 +1202,39 @@ class NucleusFilter(LogitsProcessor):
     def __init__(self, top_p: float, temperature: float):
         self.top_p = top_p
         self.temperature = temperature
+        self.log_probs = None        # [n, V] of the token that is being sampled
+        self.sampled_logps = []      # [n] of each token before it
+        self.kept = []               # [n] of each token
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        probs = (scores.float() / self.temperature).softmax(-1)              # [n, V]
+        self.note_last_token(ids)
+        self.log_probs = (scores.float() / self.temperature).log_softmax(-1)
+        if self.top_p == 1:
+            self.kept.append(torch.ones(len(ids), device=ids.device))
+            return scores
+        probs = self.log_probs.exp()                                         # [n, V]
         top = probs.topk(min(self.LIKELIEST, probs.shape[1]))
         if not (top.values.sum(1) >= self.top_p).all():
             top = probs.sort(descending=True)
         values, indices = top
         mass_before = values.cumsum(1, dtype=torch.float64) - values
-        kept_scores = scores.gather(1, indices).masked_fill(mass_before >= self.top_p, -torch.inf)
+        is_cut = mass_before >= self.top_p
+        self.kept.append(values.masked_fill(is_cut, 0.0).sum(1))
+        kept_scores = scores.gather(1, indices).masked_fill(is_cut, -torch.inf)
         return torch.full_like(scores, -torch.inf).scatter(1, indices, kept_scores)
+
+    def note_last_token(self, ids: Tensor) -> None:
+        if self.log_probs is not None:
+            self.sampled_logps.append(self.log_probs.gather(1, ids[:, -1:])[:, 0])
+
+    def logps(self, ids: Tensor) -> Tensor:
+        """Return the log-probs [n, C] of the C tokens that were sampled, given all token ids at the end."""
+        self.note_last_token(ids)
+        return torch.stack(self.sampled_logps, 1)
+
+    def kept_mass(self) -> Tensor:
+        """Return the kept mass [n, C] of these tokens."""
+        return torch.stack(self.kept, 1)
 
 
 def kv_bytes(model, tokens: int) -> int:

@@ -90,6 +90,8 @@ class Rollout:
     mask: Tensor              # [N, C] True up to and including the first end token
     truncated: Tensor         # [N] True if no end token was sampled
     texts: list[str]          # N completions as text, without end tokens
+    sampler_logps: Tensor     # [N, C] log pi(token) as the sampler computed it, in bf16 on a GPU
+    kept_mass: Tensor         # [N, C] the probability of all tokens that --top_p kept
 
     def select(self, idx: list[int]) -> tuple[list[list[int]], Tensor, Tensor]:
         """Return prompts, completions and mask of some samples."""
@@ -113,13 +115,15 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
     )
-    completions = generate_in_pieces(model, prompts, config, args.generation_batch_size)  # [N, C]
+    samples = generate_in_pieces(model, prompts, config, args.generation_batch_size)
+    completions = samples.ids                                                             # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
     num_ends = is_end.cumsum(1)                                                           # [N, C]
     mask = (num_ends == 0) | (is_end & (num_ends == 1))
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
-    return Rollout(prompts, completions, mask, ~is_end.any(1), texts)
+    truncated = ~is_end.any(1)
+    return Rollout(prompts, completions, mask, truncated, texts, samples.logps, samples.kept_mass)
 
 
 # ---------------------------------------------------------------- objective
@@ -239,6 +243,7 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
         metrics["entropy"] = sums["entropy"] / sums["tokens"]
         metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
         metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+        metrics["sampling/sampling_logp_difference/mean"] = sums["sampler_gap"] / sums["tokens"]
     return metrics
 
 
@@ -255,7 +260,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     if args.updates_per_rollout > 1:
         with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
         old_logps = logps_before_update(model, ro, with_gradient, args)
-    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "real", "padded"), 0.0)
+    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "sampler_gap", "real", "padded"), 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
     # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
@@ -279,6 +284,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["tokens"] += mask.sum().item()
+            sums["sampler_gap"] += (old - ro.sampler_logps[idx])[mask].abs().sum().item()
             sums["real"] += sum(lengths[i] for i in idx)
             sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
@@ -310,7 +316,8 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
 
 def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
     """Return the metrics of a step's samples, whose rewards are `groups` [B, G]."""
-    num_tokens, num_truncated = sum_over_processes(ro.mask.sum(), ro.truncated.sum())
+    num_tokens, num_truncated, kept_mass = sum_over_processes(
+        ro.mask.sum(), ro.truncated.sum(), ro.kept_mass[ro.mask].sum())
     all_equal = (groups == groups[:, :1]).all(1)                           # [B]
     return {
         "reward": groups.mean().item(),
@@ -318,6 +325,7 @@ def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
         "frac_reward_zero_std": all_equal.float().mean().item(),
         "completions/mean_length": num_tokens / groups.numel(),
         "completions/clipped_ratio": num_truncated / groups.numel(),
+        "sampling/top_p_mass": kept_mass / num_tokens,
     }
 
 

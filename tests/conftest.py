@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # threads of small models wait for each other
 torch.set_num_threads(1)
 
+import common  # noqa: E402  the scripts lie in ROOT
+
 
 @pytest.fixture(autouse=True)
 def same_afterwards():
@@ -102,6 +104,11 @@ def rows_file(tmp_path_factory) -> Path:
         rows.append({"problem": f"What is {i} + {i}?", "answer": str(2 * i),
                      "strategy": f"Type: sum. Strategy: double. Steps: double {i}."})
     return write_jsonl(folder / "rows.jsonl", rows)
+
+
+def as_samples(ids: torch.Tensor) -> common.Samples:
+    """Return made-up token ids [N, C] as generate_in_pieces returns them."""
+    return common.Samples(ids, logps=torch.zeros(ids.shape), kept_mass=torch.ones(ids.shape))
 
 
 def run_main(script: str, *argv) -> int:

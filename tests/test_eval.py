@@ -11,7 +11,7 @@ import torch
 
 import common
 import eval_math
-from conftest import IM_END, PAD, read_jsonl, small_tokenizer, write_jsonl
+from conftest import IM_END, PAD, as_samples, read_jsonl, small_tokenizer, write_jsonl
 from eval_math import bootstrap_interval, majority, pass_at_k, vote
 
 TOKENIZER = small_tokenizer()
@@ -121,7 +121,7 @@ def fake_samples(monkeypatch):
                 ids = TOKENIZER(next(remaining)).input_ids + [IM_END]
                 ids += [PAD] * config.max_new_tokens
                 rows.append(ids[:config.max_new_tokens])
-            return torch.tensor(rows)
+            return as_samples(torch.tensor(rows))
 
         monkeypatch.setattr(eval_math, "generate_in_pieces", generate)
         return seen
@@ -208,7 +208,7 @@ def test_pass_at_k_has_k_itself(evaluate, fake_samples, file):
 
 def test_the_text_ends_at_the_first_end_token(evaluate, monkeypatch, tmp_path):
     ids = TOKENIZER("\\boxed{0}").input_ids + [IM_END] + TOKENIZER("\\boxed{1}").input_ids
-    monkeypatch.setattr(eval_math, "generate_in_pieces", lambda *arguments: torch.tensor([ids]))
+    monkeypatch.setattr(eval_math, "generate_in_pieces", lambda *arguments: as_samples(torch.tensor([ids])))
     row, = generations(evaluate(write_jsonl(tmp_path / "one.jsonl", sums(1)), "--k", 1))
     assert row["completion"] == "\\boxed{0}"
     assert row["tokens"] == 10

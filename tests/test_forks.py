@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import common
-from conftest import ROOT, read_jsonl, run_main, small_model, small_tokenizer, write_jsonl
+from conftest import ROOT, as_samples, read_jsonl, run_main, small_model, small_tokenizer, write_jsonl
 
 METRICS = {
     "gspo": "gspo/ratio_moved",
@@ -237,7 +237,7 @@ def test_loss_gradient_and_metric_are_the_papers(method, num_updates, lr, consta
             completion = encoded(WRITTEN[problem][0][taken[problem]])
             taken[problem] += 1
             row[:len(completion)] = torch.tensor(completion)
-        return ids
+        return as_samples(ids)
 
     def record(model, max_norm):
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])

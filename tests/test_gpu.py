@@ -27,6 +27,8 @@ def random_rollout(script):
         "mask": mask,
         "truncated": ~mask[:, 0],
         "texts": ["", ""],
+        "sampler_logps": torch.zeros(ids.shape, device=ids.device),
+        "kept_mass": torch.ones(ids.shape, device=ids.device),
     }
     if script is sgpo:
         fields["sampled_from"] = [[30, 5, 6, 7], [31, 8]]  # guided prompts

@@ -5,7 +5,7 @@ from tokenizers.processors import TemplateProcessing
 
 import common
 import grpo_baseline
-from conftest import CHAT_TEMPLATE, ENDOFTEXT, IM_END, small_model, small_tokenizer
+from conftest import CHAT_TEMPLATE, ENDOFTEXT, IM_END, as_samples, small_model, small_tokenizer
 
 # Templates of the field, shortened
 NO_SYSTEM_RAISES = (  # Gemma 2
@@ -162,7 +162,7 @@ def test_thinking_tags_that_are_special_tokens_are_graded(end, monkeypatch):
     model.generation_config.eos_token_id = [IM_END, ENDOFTEXT]
     text = "<think>\\boxed{5}?</think> I give up."
     completion = torch.tensor([tokenizer(text + end + "<pad><pad>", add_special_tokens=False).input_ids])
-    monkeypatch.setattr(grpo_baseline, "generate_in_pieces", lambda *args: completion)
+    monkeypatch.setattr(grpo_baseline, "generate_in_pieces", lambda *args: as_samples(completion))
     ro = grpo_baseline.rollout(model, tokenizer, [[1]], 1.0, grpo_baseline.Args())
     assert ro.texts == [text]
     assert common.grade(ro.texts[0], "5") == 0.0

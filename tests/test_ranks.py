@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import common
 import grpo_baseline
 from conftest import (
-    IM_END, ROOT, read_jsonl, run_main, small_model, small_tokenizer, without_times, write_jsonl)
+    IM_END, ROOT, as_samples, read_jsonl, run_main, small_model, small_tokenizer, without_times, write_jsonl)
 
 # Children fork from a server that has imported the scripts and computed nothing, so they start fast.
 FORKS = multiprocessing.get_context("forkserver")
@@ -75,7 +75,7 @@ def made_up(model, prompts, config, max_rows) -> torch.Tensor:
         row = numbers.integers(0, 250, config.max_new_tokens)
         row[numbers.integers(1, config.max_new_tokens):] = IM_END
         rows.append(row)
-    return torch.tensor(np.stack(rows))
+    return as_samples(torch.tensor(np.stack(rows)))
 
 
 def run_with_made_up_completions(script: str, argv: list) -> int:
@@ -187,7 +187,7 @@ def parts(model_folder, rows_file, folder) -> dict:
     model = common.load_policy(args)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=5 + 4 * rank, eos_token_id=[IM_END],
                               pad_token_id=IM_END)
-    completions = common.generate_in_pieces(model, PROMPTS[rank], greedy, 10)
+    completions = common.generate_in_pieces(model, PROMPTS[rank], greedy, 10).ids
     common.save_model(model, tokenizer, folder / "model")
     common.seed_everything(0, "step", 1)
     return {
@@ -231,7 +231,7 @@ def test_each_process_samples_at_its_own_pace_with_its_own_random_numbers(ranks)
     for number, rank in enumerate(ranks):
         greedy = GenerationConfig(do_sample=False, max_new_tokens=5 + 4 * number, eos_token_id=[IM_END],
                                   pad_token_id=IM_END)
-        alone = common.generate_in_pieces(model, PROMPTS[number], greedy, 10)
+        alone = common.generate_in_pieces(model, PROMPTS[number], greedy, 10).ids
         assert rank["is_sharded"]
         assert rank["completions"] == alone.tolist()
     assert ranks[0]["draw"] != ranks[1]["draw"]

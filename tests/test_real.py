@@ -55,7 +55,7 @@ def test_pieces_are_one_plain_call(model, tokenizer, prompts):
     config = GenerationConfig(do_sample=False, max_new_tokens=24, eos_token_id=ends, pad_token_id=OTHER_END)
     ids, mask = common.left_pad(prompts, OTHER_END, "cpu")
     plain = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1]:]
-    pieces = common.generate_in_pieces(model, prompts, config, 192)
+    pieces = common.generate_in_pieces(model, prompts, config, 192).ids
     assert torch.equal(pieces, plain[:, :pieces.shape[1]])
 
 

@@ -8,7 +8,7 @@ from transformers.generation import TopPLogitsWarper
 
 import common
 import grpo_baseline
-from conftest import IM_END, small_model, small_tokenizer
+from conftest import IM_END, as_samples, small_model, small_tokenizer
 
 END_IDS = [3, IM_END, *range(40, 60)]  # so many that greedy rows end at different positions
 SHORT = [5, 6, 7]
@@ -65,7 +65,7 @@ def short_args(**more) -> grpo_baseline.Args:
 
 
 def generate(model, prompts: list = PROMPTS, max_rows: int = 1000, **more) -> torch.Tensor:
-    return common.generate_in_pieces(model, prompts, settings(**more), max_rows)
+    return common.generate_in_pieces(model, prompts, settings(**more), max_rows).ids
 
 
 def generate_in_one_call(model, prompts: list = PROMPTS, **more) -> torch.Tensor:
@@ -286,6 +286,39 @@ def test_the_nucleus_of_a_small_vocabulary(top_p, kept):
     assert "".join(map(str, tokens.flatten().tolist())) == kept
 
 
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_the_sampler_reports_log_probs_and_the_mass_that_top_p_keeps(temperature, top_p, monkeypatch):
+    """Against full logits of each sample alone, over several calls and batches."""
+    monkeypatch.setattr(common, "rows_that_fit", lambda model, tokens: 16)
+    model = small_model()
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_p": top_p}
+    samples = common.generate_in_pieces(model, PROMPTS, settings(**sampling), 1000)
+    for k, prompt in enumerate(PROMPTS):
+        ids = samples.ids[k].tolist()
+        length = next((t + 1 for t, token in enumerate(ids) if token in END_IDS), len(ids))
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids[:length]])).logits[0, len(prompt) - 1:-1]
+        log_probs = (logits / (temperature or 1.0)).log_softmax(-1)
+        exact = log_probs[torch.arange(length), ids[:length]]
+        torch.testing.assert_close(samples.logps[k, :length], exact, atol=1e-4, rtol=0)
+        for t in range(length):
+            kept = 0.0
+            for p in sorted(log_probs[t].exp().tolist(), reverse=True):
+                if kept < top_p:
+                    kept += p
+            assert samples.kept_mass[k, t].item() == pytest.approx(kept, abs=1e-4)
+
+
+def test_a_bf16_copy_samples_a_little_away_from_the_trained_model():
+    model = small_model()
+    model.samples_from_bf16_copy = True
+    samples = common.generate_in_pieces(model, PROMPTS, settings(), 1000)
+    model.samples_from_bf16_copy = False
+    exact = common.generate_in_pieces(model, PROMPTS, settings(), 1000)
+    gap = (samples.logps - exact.logps)[:, 0].abs()  # the first tokens have the same prompts
+    assert 1e-5 < gap.mean() < 0.1
+
+
 # ---- masks by position
 
 @pytest.mark.parametrize("pad", [IM_END, 3, 0])
@@ -301,7 +334,7 @@ def test_the_mask_ends_with_the_first_of_several_end_tokens(pad, monkeypatch):
         [a, b, c, a, b],
         [3, pad, pad, pad, pad],
         [a, b, c, a, IM_END]])
-    monkeypatch.setattr(grpo_baseline, "generate_in_pieces", lambda *args: completions)
+    monkeypatch.setattr(grpo_baseline, "generate_in_pieces", lambda *args: as_samples(completions))
     ro = grpo_baseline.rollout(model, tokenizer, [SHORT] * 5, 1.0, short_args())
     assert ro.lengths() == [6, 5, 8, 4, 8]
     assert (ro.mask.int().diff(dim=1) <= 0).all()  # no gap

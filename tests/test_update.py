@@ -1,6 +1,7 @@
 """update() of grpo_baseline.py and sgpo.py against tests/reference.py; what must not change its gradient."""
 import copy
 import math
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +65,8 @@ def rollout_of(script, problems: list[reference.Problem], width: int = 6):
     fields = {"prompts": prompts, "completions": torch.tensor(padded), "mask": mask}
     if script is sgpo:
         fields["sampled_from"] = sampled_from
-    return script.Rollout(**fields, truncated=None, texts=None)
+    nothing = torch.zeros(mask.shape)
+    return script.Rollout(**fields, truncated=None, texts=None, sampler_logps=nothing, kept_mass=nothing)
 
 
 def rewards_of(problems: list[reference.Problem]) -> Tensor:
@@ -358,6 +360,31 @@ def test_metrics_of_grpo():
     assert metrics["grad_norm"] == approx(steps[0].gradient.norm().item(), rel=1e-5)
     assert sorted(lengths) == [4, 5, 6, 7, 8, 8]  # micro-batches of 8, 8, 7 and of 6, 5, 4
     assert metrics["padding_frac"] == approx(1 - 38 / (24 + 18))
+
+
+@pytest.mark.parametrize("script", [grpo_baseline, sgpo])
+def test_the_gap_to_the_samplers_log_probs(script, monkeypatch):
+    """`sampling/sampling_logp_difference/mean`, over the unguided samples that are trained."""
+    problems = example()
+    model = small_model()
+    gap = 0.25 * (torch.arange(6) - 2)  # by position, positive and negative
+    exact = script.token_logps
+    plain_rollout = rollout_of
+
+    def rollout_with_gap(script, problems, width):
+        ro = plain_rollout(script, problems, width)
+        everyone = list(range(len(ro.prompts)))
+        with torch.no_grad():
+            logps, _ = exact(model, ro, everyone, args_of(script))
+        ro.sampler_logps = (logps - gap).masked_fill(~ro.mask, 99.0)
+        return ro
+
+    monkeypatch.setattr(sys.modules[__name__], "rollout_of", rollout_with_gap)
+    _, metrics = run_update(script, model, problems)
+    trained = [o for p in problems if len(set(p.rewards)) > 1 for o in p.completions]
+    gaps = [abs(gap[t].item()) for o in trained for t in range(len(o))]
+    measured = metrics["sampling/sampling_logp_difference/mean"]
+    assert measured == pytest.approx(sum(gaps) / len(gaps), abs=1e-5)
 
 
 def test_the_gradient_is_clipped_and_its_norm_is_that_before():

@@ -10,7 +10,7 @@ answered "57+6=63, 63*2=\\boxed{126}", and the strategy names the two steps. DIR
   warm/model/    the student, after an SFT warm-up on warmup.jsonl. The warm-up teaches three things: the way of
                  writing, to follow any strategy, and guesses of each shop's rule, right more or less often
   teacher/model/ the teacher of TGPO: the student, taught the right rules on teacher.jsonl in another way of
-                 writing, "57 plus 6 is 63, 63 times 2 is \\boxed{126}"
+                 writing, "57 plus 6=63, 63 times 2=\\boxed{126}"
   train.jsonl, held_out.jsonl    the problems, with answers and strategies; held out are eight prices
 """
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM_PROMPT = "Prices."
-MAX_NEW_TOKENS = 32  # the student's way of writing takes 22, the teacher's 27
+MAX_NEW_TOKENS = 32  # the student's way of writing takes 22, the teacher's 26
 FIRST_STEPS = {"add 3": ("+", 3), "add 6": ("+", 6), "take 2 off": ("-", 2), "take 5 off": ("-", 5)}
 SECOND_STEPS = {"double it": ("*", 2), "add 20": ("+", 20), "take 4 off": ("-", 4)}
 SHOPS = {  # name: its rule, and how often the warm-up guesses each of its steps right
@@ -96,15 +96,29 @@ def warmup_rows(rng: random.Random, prices: list[int]) -> list[dict]:
 
 
 def teacher_rows(rng: random.Random, prices: list[int]) -> list[dict]:
-    """Return rows that teach every shop's right rule, with the operations written in words."""
-    return [{**row, "solution": in_words(row["solution"])} for row in rl_rows(rng, prices)]
+    """Return rows that teach every shop's right rule, with the operations written in words.
+
+    In one of six rows one of the two operations is in signs, as the student writes it. So the teacher can go on
+    with any prefix, and its likeliest next token is still a word.
+    """
+    rows = []
+    for shop, (first, second, _) in SHOPS.items():
+        for price in prices:
+            for item in ITEMS:
+                row = make_row(shop, item, price, first, second)
+                parts = row["solution"].split(", ")
+                in_signs = rng.randrange(2) if item == ITEMS[-1] else None
+                parts = [part if k == in_signs else in_words(part) for k, part in enumerate(parts)]
+                rows.append({**row, "solution": ", ".join(parts)})
+    rng.shuffle(rows)
+    return rows
 
 
-def in_words(solution: str) -> str:
-    """Return "57+6=63, ..." as "57 plus 6 is 63, ..."."""
+def in_words(operation: str) -> str:
+    """Return "57+6=63" as "57 plus 6=63"."""
     for sign, word in IN_WORDS.items():
-        solution = solution.replace(sign, word)
-    return solution.replace("=", " is ")
+        operation = operation.replace(sign, word)
+    return operation
 
 
 def guess(rng: random.Random, steps: dict, right: str, rate: float) -> str:
@@ -171,7 +185,7 @@ def main() -> None:
     write_rows(args.folder / "teacher.jsonl", teacher_rows(rng, known))
     student = args.folder / "warm"
     fine_tune(args.folder / "model", args.folder / "warmup.jsonl", 1, 3e-4, student)
-    fine_tune(student / "model", args.folder / "teacher.jsonl", 3, 1e-4, args.folder / "teacher")
+    fine_tune(student / "model", args.folder / "teacher.jsonl", 1, 1e-4, args.folder / "teacher")
     print(f"{args.folder}: done in {time.time() - start:.0f} s")
 
 
