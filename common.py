@@ -396,8 +396,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    """Append rows to a JSONL file. A number that is not finite becomes null: JSON has no NaN."""
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            numbers_checked = {name: None if is_not_finite(value) else value for name, value in row.items()}
+            file.write(json.dumps(numbers_checked) + "\n")
+
+
+def is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def load_problems(source: str) -> list[dict]:
@@ -1776,8 +1783,15 @@ def truncate_log(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            refuse(f"{path}, line {number}: not a row with a step; delete the line and resume again",
+                   from_any_process=True)
+        if step <= last_step:
             kept.append(line)
     write_atomic(path, "".join(kept))
 

@@ -116,6 +116,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, train):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
+def test_a_damaged_log_is_refused_with_its_line(train, capsys):
+    run = train("grpo_baseline", "--steps", 2, "--save_every", 1)
+    log = run / "metrics.jsonl"
+    first, second = log.read_text().splitlines()
+    log.write_text(f"{first}\n{first[:40]}\n{second}\n")
+    train("grpo_baseline", "--steps", 3, "--save_every", 1, "--resume", code=2)
+    error = capsys.readouterr().err
+    assert "metrics.jsonl, line 2: not a row with a step" in error
+    assert log.read_text().splitlines()[2] == second
+
+
+def test_logs_hold_no_nan(tmp_path):
+    common.append_jsonl(tmp_path / "log.jsonl", [{"step": 1, "loss": math.nan, "reward": 0.5}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null, "reward": 0.5}\n'
+
+
 def leave_traces_of_a_kill(run) -> None:
     """Leave what a kill in step 4 leaves: rows behind the last checkpoint, half a line, half a checkpoint."""
     with open(run / "samples.jsonl", "a") as file:
