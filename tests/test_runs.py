@@ -1,5 +1,6 @@
 """Runs of the three scripts: what they write, exact resume, kills and signals, refusals."""
 import fcntl
+import math
 import shutil
 import signal
 import subprocess
