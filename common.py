@@ -881,6 +881,7 @@ def load_policy(args: RunFlags):
     model.samples_from_bf16_copy = args.bf16 and not is_sharded
     if is_sharded:
         shard(model, args.bf16, args.cpu_offload)
+        model.reduces_gradient_once = gradient_fits(args)
     return model
 
 
@@ -975,6 +976,25 @@ def card_bytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
 
 
+def teacher_bytes(args: RunFlags) -> float:
+    """Return the memory of a teacher on the same card, divided among the processes; 0 without one."""
+    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
+        return 2 * count_parameters(args.teacher, "--teacher") / world_size()
+    return 0
+
+
+def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
+    """Return True if every process can keep the gradient of all weights: 4 bytes a parameter.
+
+    It may take half of what weights, gradient shard, Adam and teacher leave of the card; activations need
+    the rest.
+    """
+    card = card or card_bytes()
+    policy = count_parameters(args.model, "--model")
+    resting = 0 if args.cpu_offload else 16 * policy / world_size()
+    return 4 * policy <= (card - resting - teacher_bytes(args)) / 2
+
+
 def choose_memory(args: RunFlags, card: float | None = None) -> str:
     """Switch on activation checkpointing and CPU offload if the card is too small; describe what a run takes.
 
@@ -990,8 +1010,7 @@ def choose_memory(args: RunFlags, card: float | None = None) -> str:
         needed = 2 * policy
         checkpoint = 0  # adapters are small
         args.cpu_offload = bool(args.cpu_offload)
-    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
-        needed += 2 * count_parameters(args.teacher, "--teacher") / world_size()
+    needed += teacher_bytes(args)
     if args.activation_checkpointing is None:
         args.activation_checkpointing = needed > card / 8
     if args.cpu_offload is None:
@@ -1266,6 +1285,19 @@ def microbatches(idx: Sequence[int], lengths: Sequence[int], max_tokens: int) ->
     return batches + [[] for _ in range(most - len(batches))]
 
 
+def accumulate(model, batches: list[list[int]]) -> Iterator[list[int]]:
+    """Yield the micro-batches of one gradient, which processes with a sharded model sum at the last one.
+
+    FSDP2 would otherwise sum the gradient over the processes, and with --cpu_offload transfer it, after
+    every micro-batch.
+    """
+    reduces_once = getattr(model, "reduces_gradient_once", False)
+    for number, idx in enumerate(batches, 1):
+        if reduces_once:
+            model.set_requires_gradient_sync(number == len(batches))
+        yield idx
+
+
 def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
     """Return the final hidden states [M, d] at the positions that predict the M completion tokens.
 
@@ -1415,7 +1447,7 @@ def sft_pass(model, prompts: list, solutions: list, idx: list[int], args: RunFla
     num_tokens = sum(len(solutions[i]) for i in idx)
     lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions)]
     loss_sum = 0.0
-    for batch in microbatches(my_share(idx), lengths, args.microbatch_tokens):
+    for batch in accumulate(model, microbatches(my_share(idx), lengths, args.microbatch_tokens)):
         completions, mask = right_pad([solutions[i] for i in batch], device_of(model))
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
             hidden = completion_hidden(model, [prompts[i] for i in batch], completions, mask)

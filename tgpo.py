@@ -29,6 +29,7 @@ from common import (
     Fp32Head,
     Run,
     RunFlags,
+    accumulate,
     build_prompt,
     check_context,
     choose_memory,
@@ -648,7 +649,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         # 1. GRPO + guidance: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
-        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+        for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
             ids = ro.completions[idx]                                      # [n, C]
             scores = token_scores(model, ro, idx, teacher, advice, method, args)

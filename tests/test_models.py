@@ -203,6 +203,20 @@ def test_processes_share_what_training_takes(plan, monkeypatch):
     assert line.startswith("6 GB")
 
 
+@pytest.mark.parametrize("card, processes, flags, fits", [
+    (math.inf, 1, {}, True),
+    (8.1e9, 1, {"cpu_offload": True}, True),
+    (7.9e9, 1, {"cpu_offload": True}, False),
+    (12.1e9, 4, {}, True),  # a quarter of 16 GB rests there, and as much again stays free
+    (11.9e9, 4, {}, False),
+    (12.4e9, 4, {"script": tgpo, "teacher": "t"}, False)])
+def test_the_whole_gradient_stays_on_a_large_card(card, processes, flags, fits, plan, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    args, line = plan(card, **flags)
+    args.cpu_offload = flags.get("cpu_offload", False)
+    assert common.gradient_fits(args, card) == fits
+
+
 @pytest.mark.parametrize("host, disk, message", [
     (1e18, 0, "--cpu_offload needs 1e+09 GB of host memory"),
     (0, 1e18, "checkpoints and model need 1e+09 GB of disk")])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import common
@@ -245,3 +246,75 @@ def test_a_sharded_tied_model_is_saved_once_and_loads(ranks, model_dirs):
     assert loaded.lm_head.weight.tolist() == ranks[0]["embedding"]
     ids = torch.arange(9)[None]
     assert torch.equal(loaded(ids).logits, small_model(tie_word_embeddings=True)(ids).logits)
+
+
+# ---- one reduction of the gradient
+
+SEQUENCES = [([5, 6, 7], [8, 9, 10, 11]), ([9, 8], [7, 6]), ([1, 2, 3, 4, 5], [6]), ([4, 3], [9, 9, 9])]
+BATCHES = {  # of each process
+    "both": [[[0], [1], []], [[2], [], [3]]],
+    "one": [[[0], [1], [2, 3]], [[], [], []]],
+}
+
+
+def accumulated_gradient(model, batches: list[list[int]], bf16: bool) -> dict:
+    """Return the gradient of all weights, and which passes began with a part of it reduced."""
+    began_reduced = []
+    for idx in common.accumulate(model, batches):
+        began_reduced.append(any(p.grad is not None for p in model.parameters()))
+        solutions, mask = common.right_pad([SEQUENCES[i][1] for i in idx], "cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = common.completion_hidden(model, [SEQUENCES[i][0] for i in idx], solutions, mask)
+            loss = common.solution_loss(model, hidden, solutions[mask])
+        loss.backward()
+    return {"began_reduced": began_reduced, "gradient": whole_gradient(model)}
+
+
+def whole_gradient(model) -> dict[str, np.ndarray]:
+    """Return the gradient of every weight, gathered from all processes, and forget it."""
+    gradient = {}
+    for name, p in model.named_parameters():
+        whole = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        gradient[name] = whole.numpy()  # a tensor in a queue would need its process
+        p.grad = None
+    return gradient
+
+
+def with_and_without_deferral(model_folder, bf16: bool, cpu_offload: bool) -> list[dict]:
+    args = grpo_baseline.Args(model=str(model_folder), bf16=bf16, cpu_offload=cpu_offload)
+    model = common.load_policy(args)
+    model.train()
+    assert model.reduces_gradient_once
+    results = {}
+    for name, batches in BATCHES.items():
+        for reduces_once in (True, False):
+            model.reduces_gradient_once = reduces_once
+            model.set_requires_gradient_sync(True)
+            mine = batches[common.rank()]
+            results[name, reduces_once] = accumulated_gradient(model, mine, bf16)
+    return results
+
+
+@pytest.mark.parametrize("bf16, cpu_offload", [(False, False), (True, False), (True, True)])
+def test_the_gradient_is_reduced_once(bf16, cpu_offload, model_dirs):
+    for results in in_two_processes(with_and_without_deferral, model_dirs["qwen2"], bf16, cpu_offload):
+        for name in BATCHES:
+            assert results[name, True]["began_reduced"] == [False, False, False]
+            assert results[name, False]["began_reduced"] == [False, True, True]
+            for weight, gradient in results[name, True]["gradient"].items():
+                each_pass = results[name, False]["gradient"][weight]
+                if name == "one":
+                    assert np.array_equal(gradient, each_pass)
+                # Two processes add in another order: (a1 + a2) + (b1 + b2), not (a1 + b1) + (a2 + b2).
+                np.testing.assert_allclose(gradient, each_pass, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gradient_reduced_once_is_the_sum_of_what_the_processes_compute_alone(model_dirs):
+    alone = []
+    for batches in BATCHES["both"]:
+        model = common.load_model(str(model_dirs["llama"]), dtype=torch.float32)
+        model.requires_grad_().train()
+        alone.append(accumulated_gradient(model, batches, bf16=False)["gradient"])
+    for results in in_two_processes(with_and_without_deferral, model_dirs["llama"], False, False):
+        for weight, gradient in results["both", True]["gradient"].items():
+            assert np.array_equal(gradient, alone[0][weight] + alone[1][weight])
