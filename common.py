@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1235,20 +1235,24 @@ def rows_that_fit(model, tokens: int) -> int:
 def sampling_weights(model) -> Iterator[torch.nn.Module]:
     """Yield the unsharded model in eval mode; with --bf16 an unsharded model is copied to bf16.
 
-    A sharded model is gathered once, so that processes may write different numbers of tokens.
+    A sharded model is gathered once, so that processes may write different numbers of tokens. FSDP2's hooks,
+    which would run in every layer at every token, are taken off until then.
     """
     was_training = model.training
     modules = sharded_modules(model)
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
     model.eval()
-    for module in modules:
-        module.set_reshard_after_forward(False)
-        module.unshard()
     try:
+        for module in modules:
+            module.unshard()
+            module._forward_pre_hooks = OrderedDict()
+            module._forward_hooks = OrderedDict()
         yield bf16_copy(model) if getattr(model, "samples_from_bf16_copy", False) else model
     finally:
-        for module in modules:
+        for module, (pre_hooks, forward_hooks) in zip(modules, hooks):
+            module._forward_pre_hooks = pre_hooks
+            module._forward_hooks = forward_hooks
             module.reshard()
-            module.set_reshard_after_forward(module is not model)
         model.train(was_training)
 
 

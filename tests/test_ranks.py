@@ -318,3 +318,54 @@ def test_a_gradient_reduced_once_is_the_sum_of_what_the_processes_compute_alone(
     for results in in_two_processes(with_and_without_deferral, model_dirs["llama"], False, False):
         for weight, gradient in results["both", True]["gradient"].items():
             assert np.array_equal(gradient, alone[0][weight] + alone[1][weight])
+
+
+# ---- sampling from a sharded model
+
+def sampled(model, number: int) -> list:
+    """Return greedy and random completions of process `number`, whose length differs between processes."""
+    completions = []
+    for do_sample in (False, True):
+        torch.manual_seed(number)
+        config = GenerationConfig(do_sample=do_sample, temperature=1.0, top_p=0.9, top_k=0,
+                                  max_new_tokens=5 + 4 * number, eos_token_id=[IM_END], pad_token_id=IM_END)
+        completions.append(common.generate_in_pieces(model, PROMPTS[number], config, 10).tolist())
+    return completions
+
+
+def hooks_of(model) -> list[list]:
+    """Return the forward hooks of every sharded module."""
+    return [[*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            for module in common.sharded_modules(model)]
+
+
+def sampled_and_trained(model_folder, bf16: bool) -> list:
+    """Sample before, after and between training passes, with an error inside; return the completions."""
+    args = grpo_baseline.Args(model=str(model_folder), bf16=bf16)
+    batches = BATCHES["both"][common.rank()]
+    trained_only = accumulated_gradient(common.load_policy(args), batches, bf16)["gradient"]
+    model = common.load_policy(args)
+    completions = sampled(model, common.rank())
+    hooks = hooks_of(model)
+    gradient = accumulated_gradient(model, batches, bf16)["gradient"]
+    completions_after = sampled(model, common.rank())
+    with pytest.raises(KeyError), common.sampling_weights(model):
+        without_hooks = hooks_of(model)
+        raise KeyError
+    gradient_after = accumulated_gradient(model, batches, bf16)["gradient"]
+    assert len(hooks) == 3
+    assert all(len(of_module) == 2 for of_module in hooks)
+    assert without_hooks == [[], [], []]
+    assert hooks_of(model) == hooks
+    assert completions_after == completions
+    for name, expected in trained_only.items():
+        assert np.array_equal(gradient[name], expected)
+        assert np.array_equal(gradient_after[name], expected)
+    return completions
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sharded_model_samples_like_a_plain_one_and_trains_afterwards(bf16, model_dirs):
+    results = in_two_processes(sampled_and_trained, model_dirs["qwen2"], bf16)
+    plain = common.load_policy(grpo_baseline.Args(model=str(model_dirs["qwen2"]), bf16=bf16))
+    assert results == [sampled(plain, 0), sampled(plain, 1)]
