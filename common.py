@@ -866,6 +866,33 @@ def check_model(model, name: str) -> None:
         refuse(f"{name}: not supported, {type(model).__name__} computes something else in train mode")
 
 
+def load_by_first_process(name: str, flag: str = "--model", dtype: torch.dtype | None = None):
+    """Load a model into the first process; the others get a copy without weights, which `shard` fills.
+
+    So the whole model is in host memory once. If the first process refuses it, all processes end.
+    """
+    model = None
+    copy_for_others = None
+    try:
+        if rank() == 0:
+            model = load_model(name, flag, dtype, "cpu")
+            copy_for_others = without_weights(model)
+    finally:  # the others wait here also if it is refused
+        received = from_first_process(lambda: copy_for_others)
+    if received is None:
+        raise SystemExit(2)
+    return received if model is None else model
+
+
+def without_weights(model):
+    """Return a copy of the model with its buffers, in which every parameter repeats a single 0."""
+    memo = {}
+    for p in model.parameters():
+        zero = torch.zeros((), dtype=p.dtype)
+        memo[id(p)] = torch.nn.Parameter(zero.expand(p.shape), p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def load_policy(args: RunFlags):
     """Load the model to train, with fp32 weights: at lr 1e-6 a bf16 weight would round updates away (T9).
 
@@ -874,7 +901,8 @@ def load_policy(args: RunFlags):
     if args.lora_rank:
         return load_lora_policy(args)
     is_sharded = dist.is_initialized() or bool(args.cpu_offload)
-    model = load_model(args.model, dtype=torch.float32, device="cpu" if is_sharded else None)
+    load = load_by_first_process if is_sharded else load_model
+    model = load(args.model, dtype=torch.float32)
     model.requires_grad_()
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
@@ -931,7 +959,7 @@ def merged_weights(model) -> dict[str, Tensor]:
 
 
 def shard(model, bf16: bool, cpu_offload: bool) -> None:
-    """Spread a model that every process has loaded over all processes (FSDP2).
+    """Spread a model that the first process has loaded over all processes (FSDP2).
 
     Gradients are summed over ranks, not averaged, because the loss is already divided by the global number
     of samples.
@@ -946,7 +974,9 @@ def shard(model, bf16: bool, cpu_offload: bool) -> None:
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     decoder_layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     for layer in decoder_layers:
+        broadcast_weights(layer)
         fully_shard(layer, **options)
+    broadcast_weights(model)
     # Embedding and head stay gathered between the forward and the backward pass: both ends use them.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in sharded_modules(model):
@@ -954,6 +984,18 @@ def shard(model, bf16: bool, cpu_offload: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)
     model.run_as_forward = lambda function: function()
     register_fsdp_forward_method(model, "run_as_forward")
+
+
+def broadcast_weights(module: torch.nn.Module) -> None:
+    """Copy the weights that are not sharded yet from the first process to the others."""
+    for p in module.parameters():
+        if isinstance(p, DTensor):
+            continue
+        if rank() == 0:
+            p.data = p.data.to(DEVICE)
+        else:
+            p.data = torch.empty(p.shape, dtype=p.dtype, device=DEVICE)
+        dist.broadcast(p.data, src=0)
 
 
 def sharded_modules(model) -> list[FSDPModule]:

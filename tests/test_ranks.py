@@ -2,6 +2,7 @@
 
 Completions are made up where results are compared, because only sampling may differ.
 """
+import dataclasses
 import multiprocessing
 import os
 import socket
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import common
 import grpo_baseline
+import tgpo
 from conftest import (
     IM_END, ROOT, read_jsonl, run_main, small_model, small_tokenizer, without_times, write_jsonl)
 
@@ -369,3 +371,95 @@ def test_a_sharded_model_samples_like_a_plain_one_and_trains_afterwards(bf16, mo
     results = in_two_processes(sampled_and_trained, model_dirs["qwen2"], bf16)
     plain = common.load_policy(grpo_baseline.Args(model=str(model_dirs["qwen2"]), bf16=bf16))
     assert results == [sampled(plain, 0), sampled(plain, 1)]
+
+
+# ---- loading by the first process
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def loadable(request, tmp_path_factory):
+    """Return a folder with a small model, whose generation config has end tokens of its own."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = small_model("qwen2", tie_word_embeddings=request.param == "tied")
+    model.generation_config.eos_token_id = [3, 4]
+    model.save_pretrained(folder)
+    return folder
+
+
+def without_a_file(load):
+    """Return what load() returns, in the second process without access to the weights' file."""
+    with pytest.MonkeyPatch.context() as patch:
+        if common.rank() == 1:
+            patch.setattr(common.AutoModelForCausalLM, "from_pretrained", None)
+        return load()
+
+
+def described(model) -> dict:
+    """Return what a model must have in common with the one in its file."""
+    weights = {}
+    for name, weight in get_model_state_dict(model).items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weights[name] = whole.float().tolist()
+    return {
+        "weights": weights,
+        "buffers": {name: buffer.tolist() for name, buffer in model.named_buffers()},
+        "parameters": [(name, str(p.dtype), p.requires_grad) for name, p in model.named_parameters()],
+        "is_tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "training": model.training,
+    }
+
+
+def policy_and_teacher(folder, cpu_offload: bool) -> tuple[dict, dict, dict]:
+    """Return what a policy and a teacher are, and the policy's gradient."""
+    args = tgpo.Args(model=str(folder), teacher=str(folder), bf16=False, cpu_offload=cpu_offload)
+    model = without_a_file(lambda: common.load_policy(args))
+    bf16 = dataclasses.replace(args, bf16=True)
+    teacher = without_a_file(lambda: tgpo.Teacher(bf16, small_tokenizer(), small_tokenizer(), []))
+    policy = described(model)
+    return policy, described(teacher.model), accumulated_gradient(model, BATCHES["both"][common.rank()], False)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_the_first_process_loads_for_all(loadable, cpu_offload):
+    results = in_two_processes(policy_and_teacher, loadable, cpu_offload)
+    file_teacher = described(common.load_model(str(loadable), dtype=torch.bfloat16))
+    alone = []
+    for batches in BATCHES["both"]:
+        model = common.load_policy(grpo_baseline.Args(model=str(loadable), bf16=False))
+        file_policy = described(model)
+        alone.append(accumulated_gradient(model, batches, bf16=False)["gradient"])
+    assert file_policy["generation_config"]["eos_token_id"] == [3, 4]
+    for policy, teacher, results_of_pass in results:
+        assert policy == file_policy
+        assert teacher == file_teacher
+        for name, gradient in results_of_pass["gradient"].items():
+            np.testing.assert_allclose(gradient, alone[0][name] + alone[1][name], atol=1e-5, rtol=1e-5)
+
+
+def code_of_loading(folder) -> int:
+    with pytest.raises(SystemExit) as stop:
+        without_a_file(lambda: common.load_policy(grpo_baseline.Args(model=str(folder))))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("no weights", "no causal language model can be loaded"),
+    ("not finite", "its weights are not finite"),
+    ("logits are scaled", "changes its logits after lm_head")])
+def test_a_model_that_the_first_process_refuses_ends_all(fault, message, tmp_path):
+    model = small_model()
+    if fault == "logits are scaled":
+        model = small_model("cohere", logit_scale=0.0625)
+    if fault == "not finite":
+        model.model.norm.weight.data[3] = torch.nan
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    if fault == "no weights":
+        (folder / "model.safetensors").unlink()
+    screen = tmp_path / "screen"
+    assert in_two_processes(code_of_loading, folder, screen=screen) == [2, 2]
+    errors = [line for line in screen.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
