@@ -267,8 +267,9 @@ class RunFlags:
     # memory
     lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers; 0: train all weights",
                           "[0, inf)")
-    microbatch_tokens: int = flag(16384, "padded tokens in one forward and backward pass; lower it if memory "
-                                         "runs out, the gradient does not change", "[1, inf)")
+    microbatch_tokens: int = flag(None, "padded tokens in one forward and backward pass; lower it if memory "
+                                        "runs out, the gradient does not change (default: 16384, or 65536 "
+                                        "with --cpu_offload on a card of 64 GB or more)", "[1, inf)")
     generation_batch_size: int = flag(192, "most completions that are sampled at the same time", "[1, inf)")
     activation_checkpointing: bool = flag(None, "recompute activations in the backward pass "
                                                 "(default: if the card is small)")
@@ -1038,7 +1039,10 @@ def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
 
 
 def choose_memory(args: RunFlags, card: float | None = None) -> str:
-    """Switch on activation checkpointing and CPU offload if the card is too small; describe what a run takes.
+    """Fill in the memory flags that were not given, and describe what a run takes.
+
+    Activation checkpointing and CPU offload are switched on if the card is too small. With offload all
+    weights are transferred for every micro-batch, so micro-batches are larger if the card has room for them.
 
     Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
     processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided
@@ -1053,10 +1057,12 @@ def choose_memory(args: RunFlags, card: float | None = None) -> str:
         checkpoint = 0  # adapters are small
         args.cpu_offload = bool(args.cpu_offload)
     needed += teacher_bytes(args)
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = needed > card / 8
     if args.cpu_offload is None:
         args.cpu_offload = needed > 0.75 * card
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = args.cpu_offload or needed > card / 8
+    if args.microbatch_tokens is None:
+        args.microbatch_tokens = 65536 if args.cpu_offload and card >= 64e9 else 16384
     host = 16 * policy if args.cpu_offload else 0
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
     disk = num_checkpoints * checkpoint + 4 * policy
