@@ -418,7 +418,8 @@ def policy_and_teacher(folder, cpu_offload: bool) -> tuple[dict, dict, dict]:
     bf16 = dataclasses.replace(args, bf16=True)
     teacher = without_a_file(lambda: tgpo.Teacher(bf16, small_tokenizer(), small_tokenizer(), []))
     policy = described(model)
-    return policy, described(teacher.model), accumulated_gradient(model, BATCHES["both"][common.rank()], False)
+    gradient = accumulated_gradient(model, BATCHES["both"][common.rank()], bf16=False)["gradient"]
+    return policy, described(teacher.model), gradient
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
@@ -431,11 +432,11 @@ def test_the_first_process_loads_for_all(loadable, cpu_offload):
         file_policy = described(model)
         alone.append(accumulated_gradient(model, batches, bf16=False)["gradient"])
     assert file_policy["generation_config"]["eos_token_id"] == [3, 4]
-    for policy, teacher, results_of_pass in results:
+    for policy, teacher, gradient in results:
         assert policy == file_policy
         assert teacher == file_teacher
-        for name, gradient in results_of_pass["gradient"].items():
-            np.testing.assert_allclose(gradient, alone[0][name] + alone[1][name], atol=1e-5, rtol=1e-5)
+        for name, of_weight in gradient.items():
+            np.testing.assert_allclose(of_weight, alone[0][name] + alone[1][name], atol=1e-5, rtol=1e-5)
 
 
 def code_of_loading(folder) -> int:
