@@ -28,7 +28,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -267,8 +267,9 @@ class RunFlags:
     # memory
     lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers; 0: train all weights",
                           "[0, inf)")
-    microbatch_tokens: int = flag(16384, "padded tokens in one forward and backward pass; lower it if memory "
-                                         "runs out, the gradient does not change", "[1, inf)")
+    microbatch_tokens: int = flag(None, "padded tokens in one forward and backward pass; lower it if memory "
+                                        "runs out, the gradient does not change (default: 16384, or 65536 "
+                                        "with --cpu_offload on a card of 64 GB or more)", "[1, inf)")
     generation_batch_size: int = flag(192, "most completions that are sampled at the same time", "[1, inf)")
     activation_checkpointing: bool = flag(None, "recompute activations in the backward pass "
                                                 "(default: if the card is small)")
@@ -873,6 +874,33 @@ def check_model(model, name: str) -> None:
         refuse(f"{name}: not supported, {type(model).__name__} computes something else in train mode")
 
 
+def load_by_first_process(name: str, flag: str = "--model", dtype: torch.dtype | None = None):
+    """Load a model into the first process; the others get a copy without weights, which `shard` fills.
+
+    So the whole model is in host memory once. If the first process refuses it, all processes end.
+    """
+    model = None
+    copy_for_others = None
+    try:
+        if rank() == 0:
+            model = load_model(name, flag, dtype, "cpu")
+            copy_for_others = without_weights(model)
+    finally:  # the others wait here also if it is refused
+        received = from_first_process(lambda: copy_for_others)
+    if received is None:
+        raise SystemExit(2)
+    return received if model is None else model
+
+
+def without_weights(model):
+    """Return a copy of the model with its buffers, in which every parameter repeats a single 0."""
+    memo = {}
+    for p in model.parameters():
+        zero = torch.zeros((), dtype=p.dtype)
+        memo[id(p)] = torch.nn.Parameter(zero.expand(p.shape), p.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def load_policy(args: RunFlags):
     """Load the model to train, with fp32 weights: at lr 1e-6 a bf16 weight would round updates away (T9).
 
@@ -881,13 +909,15 @@ def load_policy(args: RunFlags):
     if args.lora_rank:
         return load_lora_policy(args)
     is_sharded = dist.is_initialized() or bool(args.cpu_offload)
-    model = load_model(args.model, dtype=torch.float32, device="cpu" if is_sharded else None)
+    load = load_by_first_process if is_sharded else load_model
+    model = load(args.model, dtype=torch.float32)
     model.requires_grad_()
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     model.samples_from_bf16_copy = args.bf16 and not is_sharded
     if is_sharded:
         shard(model, args.bf16, args.cpu_offload)
+        model.reduces_gradient_once = gradient_fits(args)
     return model
 
 
@@ -937,7 +967,7 @@ def merged_weights(model) -> dict[str, Tensor]:
 
 
 def shard(model, bf16: bool, cpu_offload: bool) -> None:
-    """Spread a model that every process has loaded over all processes (FSDP2).
+    """Spread a model that the first process has loaded over all processes (FSDP2).
 
     Gradients are summed over ranks, not averaged, because the loss is already divided by the global number
     of samples.
@@ -952,7 +982,9 @@ def shard(model, bf16: bool, cpu_offload: bool) -> None:
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     decoder_layers = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
     for layer in decoder_layers:
+        broadcast_weights(layer)
         fully_shard(layer, **options)
+    broadcast_weights(model)
     # Embedding and head stay gathered between the forward and the backward pass: both ends use them.
     fully_shard(model, reshard_after_forward=False, **options)
     for module in sharded_modules(model):
@@ -960,6 +992,18 @@ def shard(model, bf16: bool, cpu_offload: bool) -> None:
         module.set_force_sum_reduction_for_comms(True)
     model.run_as_forward = lambda function: function()
     register_fsdp_forward_method(model, "run_as_forward")
+
+
+def broadcast_weights(module: torch.nn.Module) -> None:
+    """Copy the weights that are not sharded yet from the first process to the others."""
+    for p in module.parameters():
+        if isinstance(p, DTensor):
+            continue
+        if rank() == 0:
+            p.data = p.data.to(DEVICE)
+        else:
+            p.data = torch.empty(p.shape, dtype=p.dtype, device=DEVICE)
+        dist.broadcast(p.data, src=0)
 
 
 def sharded_modules(model) -> list[FSDPModule]:
@@ -982,8 +1026,30 @@ def card_bytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
 
 
+def teacher_bytes(args: RunFlags) -> float:
+    """Return the memory of a teacher on the same card, divided among the processes; 0 without one."""
+    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
+        return 2 * count_parameters(args.teacher, "--teacher") / world_size()
+    return 0
+
+
+def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
+    """Return True if every process can keep the gradient of all weights: 4 bytes a parameter.
+
+    It may take half of what weights, gradient shard, Adam and teacher leave of the card; activations need
+    the rest.
+    """
+    card = card or card_bytes()
+    policy = count_parameters(args.model, "--model")
+    resting = 0 if args.cpu_offload else 16 * policy / world_size()
+    return 4 * policy <= (card - resting - teacher_bytes(args)) / 2
+
+
 def choose_memory(args: RunFlags, card: float | None = None) -> str:
-    """Switch on activation checkpointing and CPU offload if the card is too small; describe what a run takes.
+    """Fill in the memory flags that were not given, and describe what a run takes.
+
+    Activation checkpointing and CPU offload are switched on if the card is too small. With offload all
+    weights are transferred for every micro-batch, so micro-batches are larger if the card has room for them.
 
     Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
     processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided
@@ -997,12 +1063,13 @@ def choose_memory(args: RunFlags, card: float | None = None) -> str:
         needed = 2 * policy
         checkpoint = 0  # adapters are small
         args.cpu_offload = bool(args.cpu_offload)
-    if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
-        needed += 2 * count_parameters(args.teacher, "--teacher") / world_size()
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = needed > card / 8
+    needed += teacher_bytes(args)
     if args.cpu_offload is None:
         args.cpu_offload = needed > 0.75 * card
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = args.cpu_offload or needed > card / 8
+    if args.microbatch_tokens is None:
+        args.microbatch_tokens = 65536 if args.cpu_offload and card >= 64e9 else 16384
     host = 16 * policy if args.cpu_offload else 0
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
     disk = num_checkpoints * checkpoint + 4 * policy
@@ -1271,20 +1338,24 @@ def rows_that_fit(model, tokens: int) -> int:
 def sampling_weights(model) -> Iterator[torch.nn.Module]:
     """Yield the unsharded model in eval mode; with --bf16 an unsharded model is copied to bf16.
 
-    A sharded model is gathered once, so that processes may write different numbers of tokens.
+    A sharded model is gathered once, so that processes may write different numbers of tokens. FSDP2's hooks,
+    which would run in every layer at every token, are taken off until then.
     """
     was_training = model.training
     modules = sharded_modules(model)
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in modules]
     model.eval()
-    for module in modules:
-        module.set_reshard_after_forward(False)
-        module.unshard()
     try:
+        for module in modules:
+            module.unshard()
+            module._forward_pre_hooks = OrderedDict()
+            module._forward_hooks = OrderedDict()
         yield bf16_copy(model) if getattr(model, "samples_from_bf16_copy", False) else model
     finally:
-        for module in modules:
+        for module, (pre_hooks, forward_hooks) in zip(modules, hooks):
+            module._forward_pre_hooks = pre_hooks
+            module._forward_hooks = forward_hooks
             module.reshard()
-            module.set_reshard_after_forward(module is not model)
         model.train(was_training)
 
 
@@ -1319,6 +1390,19 @@ def microbatches(idx: Sequence[int], lengths: Sequence[int], max_tokens: int) ->
         batches[-1].append(i)
     most = max(from_all_processes(len(batches)))
     return batches + [[] for _ in range(most - len(batches))]
+
+
+def accumulate(model, batches: list[list[int]]) -> Iterator[list[int]]:
+    """Yield the micro-batches of one gradient, which processes with a sharded model sum at the last one.
+
+    FSDP2 would otherwise sum the gradient over the processes, and with --cpu_offload transfer it, after
+    every micro-batch.
+    """
+    reduces_once = getattr(model, "reduces_gradient_once", False)
+    for number, idx in enumerate(batches, 1):
+        if reduces_once:
+            model.set_requires_gradient_sync(number == len(batches))
+        yield idx
 
 
 def completion_hidden(model, prompts: list[list[int]], completions: Tensor, mask: Tensor) -> Tensor:
@@ -1470,7 +1554,7 @@ def sft_pass(model, prompts: list, solutions: list, idx: list[int], args: RunFla
     num_tokens = sum(len(solutions[i]) for i in idx)
     lengths = [len(prompt) + len(solution) for prompt, solution in zip(prompts, solutions)]
     loss_sum = 0.0
-    for batch in microbatches(my_share(idx), lengths, args.microbatch_tokens):
+    for batch in accumulate(model, microbatches(my_share(idx), lengths, args.microbatch_tokens)):
         completions, mask = right_pad([solutions[i] for i in batch], device_of(model))
         with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
             hidden = completion_hidden(model, [prompts[i] for i in batch], completions, mask)

@@ -25,6 +25,7 @@ from common import (
     Fp32Head,
     Run,
     RunFlags,
+    accumulate,
     build_prompt,
     choose_memory,
     clip_gradient,
@@ -272,7 +273,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
         # 1. GRPO: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
-        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+        for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
             logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
             old = logps.detach() if old_logps is None else old_logps[idx]

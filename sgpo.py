@@ -33,6 +33,7 @@ from common import (
     Fp32Head,
     Run,
     RunFlags,
+    accumulate,
     append_jsonl,
     build_prompt,
     choose_memory,
@@ -440,7 +441,7 @@ def distil(model, ro: Rollout, distillation: Distillation, problems: list[int], 
     distilled = [i for samples in targets.values() for i in samples]
     guided_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, completion_lengths)]
     delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
-    for idx in microbatches(distilled, guided_lengths, args.microbatch_tokens):
+    for idx in accumulate(model, microbatches(distilled, guided_lengths, args.microbatch_tokens)):
         if args.distill == "sft":
             logps, _ = token_logps(model, ro, idx, args)
             d = -logps                                                     # [n, C]
@@ -505,7 +506,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
         # 1. GRPO: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
-        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+        for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
             logps, entropy = token_logps(model, ro, idx, args)             # [n, C]
             old = logps.detach() if old_logps is None else old_logps[idx]

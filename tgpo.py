@@ -29,6 +29,7 @@ from common import (
     Fp32Head,
     Run,
     RunFlags,
+    accumulate,
     build_prompt,
     check_context,
     choose_memory,
@@ -39,6 +40,7 @@ from common import (
     gather,
     generate_in_pieces,
     learning_rate,
+    load_by_first_process,
     load_data,
     load_model,
     load_policy,
@@ -379,11 +381,13 @@ class Teacher:
         self.args = args
         self.device = torch.device(args.teacher_device or DEVICE)
         self.is_offloaded = args.teacher_offload and world_size() == 1
-        stored_on = "cpu" if args.teacher_offload or world_size() > 1 else self.device
         dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self.model = load_model(args.teacher, "--teacher", dtype, stored_on)
         if world_size() > 1:
+            self.model = load_by_first_process(args.teacher, "--teacher", dtype)
             shard(self.model, bf16=False, cpu_offload=args.teacher_offload)
+        else:
+            stored_on = "cpu" if args.teacher_offload else self.device
+            self.model = load_model(args.teacher, "--teacher", dtype, stored_on)
         self.num_shared = min(len(tokenizer), len(teacher_tokenizer))  # ids below mean the same to both
         self.student_end = end_token_id(tokenizer)
         self.teacher_end = end_token_id(teacher_tokenizer)
@@ -653,7 +657,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         # 1. GRPO + guidance: accumulate the gradient over micro-batches
         trained = [i for i in samples if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
-        for idx in microbatches(trained, lengths, args.microbatch_tokens):
+        for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
             ids = ro.completions[idx]                                      # [n, C]
             scores = token_scores(model, ro, idx, teacher, advice, method, args)

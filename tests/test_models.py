@@ -191,6 +191,37 @@ def test_given_memory_flags_are_kept(given, card, plan):
     assert args.cpu_offload is given
 
 
+@pytest.mark.parametrize("card, flags, tokens", [
+    (math.inf, {}, 16384),
+    (80e9, {"cpu_offload": True}, 65536),
+    (48e9, {"cpu_offload": True}, 16384),
+    (20e9, {}, 16384),  # offload switches itself on
+    (80e9, {"cpu_offload": True, "microbatch_tokens": 1000}, 1000),
+    (80e9, {"microbatch_tokens": 70000}, 70000)])
+def test_micro_batches_are_larger_with_offload_on_a_large_card(card, flags, tokens, plan):
+    args, line = plan(card, **flags)
+    assert args.microbatch_tokens == tokens
+
+
+def test_offload_switches_checkpointing_on(plan):
+    args, line = plan(cpu_offload=True)
+    assert args.activation_checkpointing
+    args, line = plan(cpu_offload=True, activation_checkpointing=False)
+    assert not args.activation_checkpointing
+
+
+def test_a_resumed_run_may_have_other_micro_batches(train):
+    """A run that began with 16384 goes on with the same command; its config.json names the number it used."""
+    run = train("grpo_baseline", "--steps", 1)
+    config = json.loads((run / "config.json").read_text())
+    assert config["flags"]["microbatch_tokens"] == 16384
+    train("grpo_baseline", "--steps", 2, "--cpu_offload", "--resume")
+    config = json.loads((run / "config.json").read_text())
+    assert config["flags"]["microbatch_tokens"] == 65536
+    again = train("grpo_baseline", "--steps", 3, "--microbatch_tokens", 150, "--resume")
+    assert json.loads((again / "config.json").read_text())["flags"]["microbatch_tokens"] == 150
+
+
 @pytest.mark.parametrize("device, needed", [(None, "20 GB"), ("cuda:1", "18 GB")])
 def test_a_teacher_on_the_same_card_takes_memory(device, needed, plan):
     args, line = plan(script=tgpo, teacher="t", teacher_device=device)
@@ -201,6 +232,20 @@ def test_processes_share_what_training_takes(plan, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 4)
     args, line = plan()
     assert line.startswith("6 GB")
+
+
+@pytest.mark.parametrize("card, processes, flags, fits", [
+    (math.inf, 1, {}, True),
+    (8.1e9, 1, {"cpu_offload": True}, True),
+    (7.9e9, 1, {"cpu_offload": True}, False),
+    (12.1e9, 4, {}, True),  # a quarter of 16 GB rests there, and as much again stays free
+    (11.9e9, 4, {}, False),
+    (12.4e9, 4, {"script": tgpo, "teacher": "t"}, False)])
+def test_the_whole_gradient_stays_on_a_large_card(card, processes, flags, fits, plan, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    args, line = plan(card, **flags)
+    args.cpu_offload = flags.get("cpu_offload", False)
+    assert common.gradient_fits(args, card) == fits
 
 
 @pytest.mark.parametrize("host, disk, message", [

@@ -2,6 +2,7 @@
 
 Completions are made up where results are compared, because only sampling may differ.
 """
+import dataclasses
 import multiprocessing
 import os
 import socket
@@ -15,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import common
 import grpo_baseline
+import tgpo
 from conftest import (
     IM_END, ROOT, as_samples, read_jsonl, run_main, small_model, small_tokenizer, without_times, write_jsonl)
 
@@ -245,3 +248,219 @@ def test_a_sharded_tied_model_is_saved_once_and_loads(ranks, model_dirs):
     assert loaded.lm_head.weight.tolist() == ranks[0]["embedding"]
     ids = torch.arange(9)[None]
     assert torch.equal(loaded(ids).logits, small_model(tie_word_embeddings=True)(ids).logits)
+
+
+# ---- one reduction of the gradient
+
+SEQUENCES = [([5, 6, 7], [8, 9, 10, 11]), ([9, 8], [7, 6]), ([1, 2, 3, 4, 5], [6]), ([4, 3], [9, 9, 9])]
+BATCHES = {  # of each process
+    "both": [[[0], [1], []], [[2], [], [3]]],
+    "one": [[[0], [1], [2, 3]], [[], [], []]],
+}
+
+
+def accumulated_gradient(model, batches: list[list[int]], bf16: bool) -> dict:
+    """Return the gradient of all weights, and which passes began with a part of it reduced."""
+    began_reduced = []
+    for idx in common.accumulate(model, batches):
+        began_reduced.append(any(p.grad is not None for p in model.parameters()))
+        solutions, mask = common.right_pad([SEQUENCES[i][1] for i in idx], "cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = common.completion_hidden(model, [SEQUENCES[i][0] for i in idx], solutions, mask)
+            loss = common.solution_loss(model, hidden, solutions[mask])
+        loss.backward()
+    return {"began_reduced": began_reduced, "gradient": whole_gradient(model)}
+
+
+def whole_gradient(model) -> dict[str, np.ndarray]:
+    """Return the gradient of every weight, gathered from all processes, and forget it."""
+    gradient = {}
+    for name, p in model.named_parameters():
+        whole = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        gradient[name] = whole.numpy()  # a tensor in a queue would need its process
+        p.grad = None
+    return gradient
+
+
+def with_and_without_deferral(model_folder, bf16: bool, cpu_offload: bool) -> list[dict]:
+    args = grpo_baseline.Args(model=str(model_folder), bf16=bf16, cpu_offload=cpu_offload)
+    model = common.load_policy(args)
+    model.train()
+    assert model.reduces_gradient_once
+    results = {}
+    for name, batches in BATCHES.items():
+        for reduces_once in (True, False):
+            model.reduces_gradient_once = reduces_once
+            model.set_requires_gradient_sync(True)
+            mine = batches[common.rank()]
+            results[name, reduces_once] = accumulated_gradient(model, mine, bf16)
+    return results
+
+
+@pytest.mark.parametrize("bf16, cpu_offload", [(False, False), (True, False), (True, True)])
+def test_the_gradient_is_reduced_once(bf16, cpu_offload, model_dirs):
+    for results in in_two_processes(with_and_without_deferral, model_dirs["qwen2"], bf16, cpu_offload):
+        for name in BATCHES:
+            assert results[name, True]["began_reduced"] == [False, False, False]
+            assert results[name, False]["began_reduced"] == [False, True, True]
+            for weight, gradient in results[name, True]["gradient"].items():
+                each_pass = results[name, False]["gradient"][weight]
+                if name == "one":
+                    assert np.array_equal(gradient, each_pass)
+                # Two processes add in another order: (a1 + a2) + (b1 + b2), not (a1 + b1) + (a2 + b2).
+                np.testing.assert_allclose(gradient, each_pass, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gradient_reduced_once_is_the_sum_of_what_the_processes_compute_alone(model_dirs):
+    alone = []
+    for batches in BATCHES["both"]:
+        model = common.load_model(str(model_dirs["llama"]), dtype=torch.float32)
+        model.requires_grad_().train()
+        alone.append(accumulated_gradient(model, batches, bf16=False)["gradient"])
+    for results in in_two_processes(with_and_without_deferral, model_dirs["llama"], False, False):
+        for weight, gradient in results["both", True]["gradient"].items():
+            assert np.array_equal(gradient, alone[0][weight] + alone[1][weight])
+
+
+# ---- sampling from a sharded model
+
+def sampled(model, number: int) -> list:
+    """Return greedy and random completions of process `number`, whose length differs between processes."""
+    completions = []
+    for do_sample in (False, True):
+        torch.manual_seed(number)
+        config = GenerationConfig(do_sample=do_sample, temperature=1.0, top_p=0.9, top_k=0,
+                                  max_new_tokens=5 + 4 * number, eos_token_id=[IM_END], pad_token_id=IM_END)
+        completions.append(common.generate_in_pieces(model, PROMPTS[number], config, 10).tolist())
+    return completions
+
+
+def hooks_of(model) -> list[list]:
+    """Return the forward hooks of every sharded module."""
+    return [[*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            for module in common.sharded_modules(model)]
+
+
+def sampled_and_trained(model_folder, bf16: bool) -> list:
+    """Sample before, after and between training passes, with an error inside; return the completions."""
+    args = grpo_baseline.Args(model=str(model_folder), bf16=bf16)
+    batches = BATCHES["both"][common.rank()]
+    trained_only = accumulated_gradient(common.load_policy(args), batches, bf16)["gradient"]
+    model = common.load_policy(args)
+    completions = sampled(model, common.rank())
+    hooks = hooks_of(model)
+    gradient = accumulated_gradient(model, batches, bf16)["gradient"]
+    completions_after = sampled(model, common.rank())
+    with pytest.raises(KeyError), common.sampling_weights(model):
+        without_hooks = hooks_of(model)
+        raise KeyError
+    gradient_after = accumulated_gradient(model, batches, bf16)["gradient"]
+    assert len(hooks) == 3
+    assert all(len(of_module) == 2 for of_module in hooks)
+    assert without_hooks == [[], [], []]
+    assert hooks_of(model) == hooks
+    assert completions_after == completions
+    for name, expected in trained_only.items():
+        assert np.array_equal(gradient[name], expected)
+        assert np.array_equal(gradient_after[name], expected)
+    return completions
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_sharded_model_samples_like_a_plain_one_and_trains_afterwards(bf16, model_dirs):
+    results = in_two_processes(sampled_and_trained, model_dirs["qwen2"], bf16)
+    plain = common.load_policy(grpo_baseline.Args(model=str(model_dirs["qwen2"]), bf16=bf16))
+    assert results == [sampled(plain, 0), sampled(plain, 1)]
+
+
+# ---- loading by the first process
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def loadable(request, tmp_path_factory):
+    """Return a folder with a small model, whose generation config has end tokens of its own."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = small_model("qwen2", tie_word_embeddings=request.param == "tied")
+    model.generation_config.eos_token_id = [3, 4]
+    model.save_pretrained(folder)
+    return folder
+
+
+def without_a_file(load):
+    """Return what load() returns, in the second process without access to the weights' file."""
+    with pytest.MonkeyPatch.context() as patch:
+        if common.rank() == 1:
+            patch.setattr(common.AutoModelForCausalLM, "from_pretrained", None)
+        return load()
+
+
+def described(model) -> dict:
+    """Return what a model must have in common with the one in its file."""
+    weights = {}
+    for name, weight in get_model_state_dict(model).items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weights[name] = whole.float().tolist()
+    return {
+        "weights": weights,
+        "buffers": {name: buffer.tolist() for name, buffer in model.named_buffers()},
+        "parameters": [(name, str(p.dtype), p.requires_grad) for name, p in model.named_parameters()],
+        "is_tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "training": model.training,
+    }
+
+
+def policy_and_teacher(folder, cpu_offload: bool) -> tuple[dict, dict, dict]:
+    """Return what a policy and a teacher are, and the policy's gradient."""
+    args = tgpo.Args(model=str(folder), teacher=str(folder), bf16=False, cpu_offload=cpu_offload)
+    model = without_a_file(lambda: common.load_policy(args))
+    bf16 = dataclasses.replace(args, bf16=True)
+    teacher = without_a_file(lambda: tgpo.Teacher(bf16, small_tokenizer(), small_tokenizer(), []))
+    policy = described(model)
+    gradient = accumulated_gradient(model, BATCHES["both"][common.rank()], bf16=False)["gradient"]
+    return policy, described(teacher.model), gradient
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_the_first_process_loads_for_all(loadable, cpu_offload):
+    results = in_two_processes(policy_and_teacher, loadable, cpu_offload)
+    file_teacher = described(common.load_model(str(loadable), dtype=torch.bfloat16))
+    alone = []
+    for batches in BATCHES["both"]:
+        model = common.load_policy(grpo_baseline.Args(model=str(loadable), bf16=False))
+        file_policy = described(model)
+        alone.append(accumulated_gradient(model, batches, bf16=False)["gradient"])
+    assert file_policy["generation_config"]["eos_token_id"] == [3, 4]
+    for policy, teacher, gradient in results:
+        assert policy == file_policy
+        assert teacher == file_teacher
+        for name, of_weight in gradient.items():
+            np.testing.assert_allclose(of_weight, alone[0][name] + alone[1][name], atol=1e-5, rtol=1e-5)
+
+
+def code_of_loading(folder) -> int:
+    with pytest.raises(SystemExit) as stop:
+        without_a_file(lambda: common.load_policy(grpo_baseline.Args(model=str(folder))))
+    return stop.value.code
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("no weights", "no causal language model can be loaded"),
+    ("not finite", "its weights are not finite"),
+    ("logits are scaled", "changes its logits after lm_head")])
+def test_a_model_that_the_first_process_refuses_ends_all(fault, message, tmp_path):
+    model = small_model()
+    if fault == "logits are scaled":
+        model = small_model("cohere", logit_scale=0.0625)
+    if fault == "not finite":
+        model.model.norm.weight.data[3] = torch.nan
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    if fault == "no weights":
+        (folder / "model.safetensors").unlink()
+    screen = tmp_path / "screen"
+    assert in_two_processes(code_of_loading, folder, screen=screen) == [2, 2]
+    errors = [line for line in screen.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]

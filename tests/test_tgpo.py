@@ -42,7 +42,8 @@ def make_teacher(teacher_dir):
     """Return a function that loads the teacher; it returns the teacher and the flags of its run."""
     def make(guidance: str = "tgpo", end: int = IM_END, student_ends: tuple = (IM_END,), **flags):
         args = tgpo.Args(guidance=guidance, teacher=teacher_dir, bf16=False)
-        settings = {"group_size": 3, "max_new_tokens": 6, "max_grad_norm": 1e9, **flags}
+        settings = {"group_size": 3, "max_new_tokens": 6, "max_grad_norm": 1e9, "microbatch_tokens": 16384}
+        settings |= flags
         for name, value in settings.items():
             setattr(args, name, value)
         tgpo.check_args(args)

@@ -96,7 +96,8 @@ def record_steps(model, optimizer) -> list[Step]:
 
 
 def args_of(script, **flags):
-    settings = {"group_size": 3, "max_new_tokens": 6, "max_grad_norm": 1e9, "bf16": False}
+    settings = {"group_size": 3, "max_new_tokens": 6, "max_grad_norm": 1e9, "bf16": False,
+                "microbatch_tokens": 16384}
     if script is sgpo:
         settings |= {"guided_group_size": 2, "delta": 2.0}
     return script.Args(**{**settings, **flags})
