@@ -268,7 +268,7 @@ class RunFlags:
     lora_rank: int = flag(0, "train LoRA adapters of this rank on all linear layers; 0: train all weights",
                           "[0, inf)")
     microbatch_tokens: int = flag(None, "padded tokens in one forward and backward pass; lower it if memory "
-                                        "runs out, the gradient does not change (default: 16384, or 65536 "
+                                        "runs out, the gradient does not change (default: 16384, or 32768 "
                                         "with --cpu_offload on a card of 64 GB or more)", "[1, inf)")
     generation_batch_size: int = flag(192, "most completions that are sampled at the same time", "[1, inf)")
     activation_checkpointing: bool = flag(None, "recompute activations in the backward pass "
@@ -1026,65 +1026,108 @@ def card_bytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
 
 
-def teacher_bytes(args: RunFlags) -> float:
-    """Return the memory of a teacher on the same card, divided among the processes; 0 without one."""
+def card_parts(args: RunFlags) -> dict[str, float]:
+    """Return what a process keeps on its card, name -> bytes.
+
+    A parameter takes 16 bytes: 4 for the weight, 4 for its gradient, 8 for Adam, divided among the processes.
+    With --cpu_offload they are in host memory, and the card holds the gathered bf16 weights while it samples.
+    """
+    policy = count_parameters(args.model, "--model")
+    if args.lora_rank:
+        parts = {"frozen weights": 2 * policy}
+    elif args.cpu_offload:
+        parts = {"gathered weights": 2 * policy}
+    else:
+        share = policy / world_size()
+        parts = {"weights": 4 * share, "gradients": 4 * share, "Adam": 8 * share}
+        if args.bf16:
+            parts["sampling copy"] = 2 * policy
     if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
-        return 2 * count_parameters(args.teacher, "--teacher") / world_size()
-    return 0
+        parts["teacher"] = 2 * count_parameters(args.teacher, "--teacher") / world_size()
+    parts["logits of a chunk"] = 16 * CHUNK_LOGITS  # in fp32, with their gradient and two copies
+    return parts
+
+
+def activation_bytes(args: RunFlags) -> float:
+    """Estimate what the backward pass of one micro-batch needs from its forward pass.
+
+    A layer keeps some 8 vectors of the hidden size and 7 of the MLP's size per token in bf16, in fp32 6 and 5
+    (fitted to a 135M Llama). With activation checkpointing this holds for one layer at a time, and every layer
+    keeps its fp32 input.
+    """
+    config = load_config(args.model).get_text_config()
+    hidden = config.hidden_size
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    one_layer = 2 * (8 * hidden + 7 * mlp) if args.bf16 else 4 * (6 * hidden + 5 * mlp)
+    per_token = config.num_hidden_layers * one_layer
+    if args.activation_checkpointing:
+        per_token = config.num_hidden_layers * 4 * hidden + one_layer
+    return per_token * args.microbatch_tokens
 
 
 def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
     """Return True if every process can keep the gradient of all weights: 4 bytes a parameter.
 
-    It may take half of what weights, gradient shard, Adam and teacher leave of the card; activations need
-    the rest.
+    It may take half of what is left of the card; activations need the rest.
+    """
+    resting = card_parts(args)
+    resting.pop("sampling copy", None)
+    resting.pop("gathered weights", None)
+    free = (card or card_bytes()) - sum(resting.values())
+    return 4 * count_parameters(args.model, "--model") <= free / 2
+
+
+def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
+    """Fill in the memory flags that were not given, and return two lines of the plan: memory and sampling.
+
+    CPU offload and activation checkpointing are switched on if the card is too small. With offload all weights
+    are transferred for every micro-batch, so these are larger if the card has room. A run that host memory or
+    disk cannot hold is refused before anything is loaded.
     """
     card = card or card_bytes()
-    policy = count_parameters(args.model, "--model")
-    resting = 0 if args.cpu_offload else 16 * policy / world_size()
-    return 4 * policy <= (card - resting - teacher_bytes(args)) / 2
-
-
-def choose_memory(args: RunFlags, card: float | None = None) -> str:
-    """Fill in the memory flags that were not given, and describe what a run takes.
-
-    Activation checkpointing and CPU offload are switched on if the card is too small. With offload all
-    weights are transferred for every micro-batch, so micro-batches are larger if the card has room for them.
-
-    Training takes 16 bytes a parameter (fp32 weights and gradients, two Adam moments), divided among the
-    processes, or 2 with LoRA. Sampling takes 2 for a bf16 copy. A teacher on the same card takes 2, divided
-    as well. A run that host memory or disk cannot hold is refused before anything is loaded.
-    """
-    card = card or card_bytes()
-    policy = count_parameters(args.model, "--model")
-    needed = 16 * policy / world_size() + 2 * policy
-    checkpoint = 12 * policy
-    if args.lora_rank:
-        needed = 2 * policy
-        checkpoint = 0  # adapters are small
-        args.cpu_offload = bool(args.cpu_offload)
-    needed += teacher_bytes(args)
     if args.cpu_offload is None:
-        args.cpu_offload = needed > 0.75 * card
-    if args.activation_checkpointing is None:
-        args.activation_checkpointing = args.cpu_offload or needed > card / 8
+        args.cpu_offload = not args.lora_rank and sum(card_parts(args).values()) > 0.75 * card
     if args.microbatch_tokens is None:
-        args.microbatch_tokens = 65536 if args.cpu_offload and card >= 64e9 else 16384
+        args.microbatch_tokens = 32768 if args.cpu_offload and card >= 64e9 else 16384
+    parts = card_parts(args)
+    if args.activation_checkpointing is None:
+        needed = sum(parts.values()) + activation_bytes(args)
+        args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
+    policy = count_parameters(args.model, "--model")
     host = 16 * policy if args.cpu_offload else 0
+    checkpoint = 0 if args.lora_rank else 12 * policy  # adapters are small
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
     disk = num_checkpoints * checkpoint + 4 * policy
     if not getattr(args, "extract_only", False):
         check_room(host, disk, args.out)
-    line = f"{needed / 1e9:.3g} GB a process for weights, gradients, Adam and sampling copy"
+    line = f"{gigabytes(sum(parts.values()))} a process: "
+    line += ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+    line += f"; activations up to {gigabytes(activation_bytes(args))} (estimated)"
     if card < math.inf:
-        line += f"; the card has {card / 1e9:.3g} GB"
+        line += f"; the card has {gigabytes(card)}"
     if host:
-        line += f"; {host / 1e9:.3g} GB of host memory"
-    line += f"; {disk / 1e9:.3g} GB of disk"
+        line += f"; host memory {gigabytes(host)}"
+    line += f"; disk {gigabytes(disk)}"
     for name in ("activation_checkpointing", "cpu_offload"):
         if getattr(args, name):
             line += f"; --{name}"
-    return line
+    return {"memory": line, "sampling": sampling_plan(args, parts, card)}
+
+
+def sampling_plan(args: RunFlags, parts: dict[str, float], card: float) -> str:
+    """Return the plan's line about the KV cache and how many completions are sampled at the same time."""
+    config = load_config(args.model)
+    bytes_per_number = 2 if args.bf16 or args.lora_rank and ON_GPU else 4
+    longest = args.max_prompt_tokens + args.max_new_tokens
+    resident = sum(parts.values()) - parts.get("gradients", 0) - parts["logits of a chunk"]
+    rows = min(rows_that_fit(config, bytes_per_number, longest, card - resident), args.generation_batch_size)
+    cache = kv_bytes(config, bytes_per_number, longest)
+    return (f"{rows} completions of up to {longest} tokens at the same time; "
+            f"KV cache {gigabytes(rows * cache)}, {cache / longest / 1e3:.3g} kB a token")
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def check_room(host: float, disk: float, out: str) -> None:
@@ -1140,7 +1183,11 @@ def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig
     """
     longest = max(map(len, prompts), default=1) + config.max_new_tokens
     with sampling_weights(model) as sampler:
-        rows = min(max_rows, rows_that_fit(sampler, longest))
+        free = card_bytes()
+        if device_of(model).type == "cuda":
+            free -= torch.cuda.memory_allocated()
+        fitting = rows_that_fit(sampler.config, sampler.dtype.itemsize, longest, free)
+        rows = min(max_rows, fitting)
         own_config = sampler.generation_config
         sampler.generation_config = GenerationConfig()
         bar = tqdm(total=len(prompts), desc="sampling", unit="completion", leave=False,
@@ -1311,9 +1358,9 @@ class NucleusFilter(LogitsProcessor):
         return torch.stack(self.kept, 1)
 
 
-def kv_bytes(model, tokens: int) -> int:
+def kv_bytes(config, bytes_per_number: int, tokens: int) -> int:
     """Return the bytes of keys and values that one sequence of so many tokens takes."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)
     if num_heads is None:  # a model without attention has no such cache
         return 1
@@ -1323,15 +1370,13 @@ def kv_bytes(model, tokens: int) -> int:
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     sliding = sum(kind == "sliding_attention" for kind in layer_types)
     cached_tokens = (len(layer_types) - sliding) * tokens + sliding * min(window, tokens)
-    return 2 * cached_tokens * kv_heads * head_dim * model.dtype.itemsize
+    return 2 * cached_tokens * kv_heads * head_dim * bytes_per_number
 
 
-def rows_that_fit(model, tokens: int) -> int:
-    """Return how many sequences of so many tokens may be sampled at the same time."""
-    free = CPU_CACHE_BYTES
-    if device_of(model).type == "cuda":
-        free = GENERATION_SHARE * (card_bytes() - torch.cuda.memory_allocated())
-    return max(int(free // kv_bytes(model, tokens)), 1)
+def rows_that_fit(config, bytes_per_number: int, tokens: int, free: float) -> int:
+    """Return how many sequences of so many tokens may be sampled at once, in so many free bytes of the card."""
+    budget = GENERATION_SHARE * free if free < math.inf else CPU_CACHE_BYTES
+    return max(int(budget // kv_bytes(config, bytes_per_number, tokens)), 1)
 
 
 @contextmanager
@@ -1675,7 +1720,7 @@ class Run:
         self.stop_requested = False
         self.timeouts_logged = grader_counts["timeouts"]
 
-    def print_plan(self, data: Data, memory: str, samples_per_problem: str, **more: str) -> None:
+    def print_plan(self, data: Data, memory: dict[str, str], samples_per_problem: str, **more: str) -> None:
         """Print what the run will do and take, before it costs anything."""
         args = self.args
         epochs = args.steps * args.prompts_per_step / max(len(data.train), 1)
@@ -1684,7 +1729,7 @@ class Run:
             "data": data.summary,
             **more,
             "training": f"{args.steps} steps of {batch}, {epochs:.2g} epochs",
-            "memory": memory,
+            **memory,
             "run": args.out,
         }
         print("plan")

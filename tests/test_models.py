@@ -155,31 +155,35 @@ def test_completions_must_fit_into_the_context(model_dirs, capsys):
 
 @pytest.fixture
 def plan(monkeypatch):
-    """Return a function that plans a run whose models have 1e9 parameters: its flags and its line.
+    """Return a function that plans a run whose models have 1e9 parameters: its flags and its memory line.
 
-    Training takes 16 GB, the sampling copy 2 GB, a teacher 2 GB.
+    Training takes 16 GB, the sampling copy 2 GB, a teacher 2 GB, activations and logits nothing.
     """
+    nothing = AutoConfig.for_model("llama", hidden_size=1, intermediate_size=1, num_hidden_layers=0,
+                                   num_attention_heads=1)
     monkeypatch.setattr(common, "count_parameters", lambda name, flag: 10 ** 9)
+    monkeypatch.setattr(common, "load_config", lambda name: nothing)
+    monkeypatch.setattr(common, "kv_bytes", lambda config, bytes_per_number, tokens: 1)
     monkeypatch.setattr(common, "check_room", lambda host, disk, out: None)
+    monkeypatch.setattr(common, "CHUNK_LOGITS", 0)
 
     def run(card: float = math.inf, script=grpo_baseline, **flags):
-        args = script.Args(model="m", out="run", **flags)
-        line = common.choose_memory(args, card)
-        return args, line
+        args = script.Args(model="m", out="run", bf16=True, **flags)
+        lines = common.choose_memory(args, card)
+        return args, lines["memory"]
 
     return run
 
 
 @pytest.mark.parametrize("card, checkpointing, offload", [
-    (144.1e9, False, False),
-    (143.9e9, True, False),
-    (24.1e9, True, False),
+    (24.1e9, False, False),
     (23.9e9, True, True)])
 def test_a_small_card_switches_checkpointing_and_offload_on(card, checkpointing, offload, plan):
     args, line = plan(card)
     assert args.activation_checkpointing == checkpointing
     assert args.cpu_offload == offload
-    assert line.startswith("18 GB a process")
+    if not offload:
+        assert line.startswith("18 GB a process: weights 4 GB, gradients 4 GB, Adam 8 GB, sampling copy 2 GB")
     assert ("--activation_checkpointing" in line) == checkpointing
     assert ("--cpu_offload" in line) == offload
 
@@ -193,7 +197,7 @@ def test_given_memory_flags_are_kept(given, card, plan):
 
 @pytest.mark.parametrize("card, flags, tokens", [
     (math.inf, {}, 16384),
-    (80e9, {"cpu_offload": True}, 65536),
+    (80e9, {"cpu_offload": True}, 32768),
     (48e9, {"cpu_offload": True}, 16384),
     (20e9, {}, 16384),  # offload switches itself on
     (80e9, {"cpu_offload": True, "microbatch_tokens": 1000}, 1000),
@@ -217,7 +221,7 @@ def test_a_resumed_run_may_have_other_micro_batches(train):
     assert config["flags"]["microbatch_tokens"] == 16384
     train("grpo_baseline", "--steps", 2, "--cpu_offload", "--resume")
     config = json.loads((run / "config.json").read_text())
-    assert config["flags"]["microbatch_tokens"] == 65536
+    assert config["flags"]["microbatch_tokens"] == 32768
     again = train("grpo_baseline", "--steps", 3, "--microbatch_tokens", 150, "--resume")
     assert json.loads((again / "config.json").read_text())["flags"]["microbatch_tokens"] == 150
 
@@ -270,26 +274,97 @@ def test_parameters_are_counted_from_the_config(model_dirs):
 def test_bytes_of_the_kv_cache(kind, tokens, cached):
     model = small_model(kind, **MODELS[kind])
     numbers = 2 * cached * 2 * 8  # keys and values of two heads
-    assert common.kv_bytes(model, tokens) == 4 * numbers
+    assert common.kv_bytes(model.config, 4, tokens) == 4 * numbers
     ids = torch.ones(1, tokens, dtype=torch.long)
     held = 0
     for layer in model(ids, use_cache=True).past_key_values.layers:
         held += layer.keys.nbytes + layer.values.nbytes
     assert held <= 4 * numbers
-    assert common.kv_bytes(model.bfloat16(), tokens) == 2 * numbers
+    assert common.kv_bytes(model.config, 2, tokens) == 2 * numbers
 
 
 def test_rows_that_fit(monkeypatch):
-    model = small_model()
-    monkeypatch.setattr(common, "CPU_CACHE_BYTES", 3.9 * common.kv_bytes(model, 10))
-    assert common.rows_that_fit(model, 10) == 3
-    assert common.rows_that_fit(model, 100) == 1
+    config = small_model().config
+    row = common.kv_bytes(config, 4, 10)
+    monkeypatch.setattr(common, "CPU_CACHE_BYTES", 3.9 * row)
+    assert common.rows_that_fit(config, 4, 10, math.inf) == 3
+    assert common.rows_that_fit(config, 4, 100, math.inf) == 1
+    assert common.rows_that_fit(config, 4, 10, 10 * row) == 8  # a fifth stays free
+    assert common.rows_that_fit(config, 2, 10, 10 * row) == 16
 
 
 def test_a_model_without_attention_fits():
     config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=1)
-    model = AutoModelForCausalLM.from_config(config)
-    assert common.rows_that_fit(model, 10 ** 6) > 1000
+    assert common.rows_that_fit(config, 4, 10 ** 6, math.inf) > 1000
+
+
+# Users' models as their published configurations have them: hidden size, size of the MLP, layers, heads,
+# KV heads, size of a head, vocabulary, tied head, bias of the query, key and value projections
+LARGE = {
+    "Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, True),
+    "Qwen2.5-7B": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, True),
+    "Qwen3-8B": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False, False),
+    "Llama-3.1-8B": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, False),
+}
+CARDS = [(24e9, 1), (48e9, 1), (80e9, 1), (141e9, 1), (80e9, 8)]  # bytes of a card, processes
+EXPECTED = {  # by model: parameters, KV bytes a token, then per card: GB by hand, offload, checkpointing
+    "Qwen2.5-1.5B": (1_543_714_304, 28_672),
+    "Qwen2.5-7B": (7_615_616_512, 57_344),
+    "Qwen3-8B": (8_190_735_360, 147_456),
+    "Llama-3.1-8B": (8_030_261_248, 131_072),
+}
+
+
+@pytest.fixture
+def large_model(tmp_path):
+    """Return a function that writes the config.json of one of the LARGE models and returns its directory."""
+    def write(name: str) -> str:
+        kind, hidden, mlp, layers, heads, kv_heads, head_size, vocabulary, tied, _ = LARGE[name]
+        config = AutoConfig.for_model(
+            kind, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_size,
+            vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=32768)
+        config.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def parameters_by_hand(name: str) -> int:
+    kind, hidden, mlp, layers, heads, kv_heads, head_size, vocabulary, tied, has_bias = LARGE[name]
+    queries = heads * head_size
+    keys = kv_heads * head_size
+    attention = hidden * queries + 2 * hidden * keys + queries * hidden
+    if has_bias:
+        attention += queries + 2 * keys
+    if kind == "qwen3":
+        attention += 2 * head_size  # norms of queries and keys
+    layer = attention + 3 * hidden * mlp + 2 * hidden
+    embeddings = vocabulary * hidden * (1 if tied else 2)
+    return layers * layer + embeddings + hidden
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_plan_of_large_models(name, large_model, monkeypatch):
+    """Weights, rows at once and switches follow from config.json alone; against sums by hand."""
+    parameters, kv_a_token = EXPECTED[name]
+    assert parameters_by_hand(name) == parameters
+    path = large_model(name)
+    monkeypatch.setattr(common, "check_room", lambda host, disk, out: None)
+    for card, processes in CARDS:
+        monkeypatch.setattr(common, "world_size", lambda: processes)
+        args = grpo_baseline.Args(model=path, out="run", bf16=True)
+        lines = common.choose_memory(args, card)
+        resident = 16 * parameters / processes + 2 * parameters
+        logits = 16 * common.CHUNK_LOGITS
+        assert args.cpu_offload == (resident + logits > 0.75 * card)
+        while_sampling = 2 * parameters
+        if not args.cpu_offload:
+            while_sampling += 12 * parameters / processes  # gradients are freed after the step
+        rows = int(0.8 * (card - while_sampling) / (kv_a_token * 3072))
+        assert lines["sampling"].startswith(f"{min(rows, 192)} completions of up to 3072 tokens")
+        assert f"{kv_a_token / 1e3:.3g} kB a token" in lines["sampling"]
+        print(f"{name}, {processes} x {card / 1e9:g} GB\n  {lines['memory']}\n  {lines['sampling']}")
 
 
 # ---- the bf16 copy that samples

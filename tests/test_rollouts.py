@@ -137,7 +137,7 @@ def test_the_number_of_rows_in_memory_changes_nothing(batch_sizes, monkeypatch):
         assert torch.equal(generate(model, prompts, max_rows), expected)
     assert max(sizes) == 5
     sizes.clear()
-    bytes_per_row = common.kv_bytes(model, len(LONG) + 40)
+    bytes_per_row = common.kv_bytes(model.config, 4, len(LONG) + 40)
     monkeypatch.setattr(common, "CPU_CACHE_BYTES", 7 * bytes_per_row)
     assert torch.equal(generate(model, prompts), expected)
     assert max(sizes) == 7
@@ -289,7 +289,7 @@ def test_the_nucleus_of_a_small_vocabulary(top_p, kept):
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
 def test_the_sampler_reports_log_probs_and_the_mass_that_top_p_keeps(temperature, top_p, monkeypatch):
     """Against full logits of each sample alone, over several calls and batches."""
-    monkeypatch.setattr(common, "rows_that_fit", lambda model, tokens: 16)
+    monkeypatch.setattr(common, "rows_that_fit", lambda *arguments: 16)
     model = small_model()
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_p": top_p}
     samples = common.generate_in_pieces(model, PROMPTS, settings(**sampling), 1000)
