@@ -1094,6 +1094,8 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
         needed = sum(parts.values()) + activation_bytes(args)
         args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
     policy = count_parameters(args.model, "--model")
+    if (args.cpu_offload or world_size() > 1) and gradient_fits(args, card):
+        parts["whole gradient"] = 4 * policy
     host = 16 * policy if args.cpu_offload else 0
     checkpoint = 0 if args.lora_rank else 12 * policy  # adapters are small
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
@@ -1119,7 +1121,8 @@ def sampling_plan(args: RunFlags, parts: dict[str, float], card: float) -> str:
     config = load_config(args.model)
     bytes_per_number = 2 if args.bf16 or args.lora_rank and ON_GPU else 4
     longest = args.max_prompt_tokens + args.max_new_tokens
-    resident = sum(parts.values()) - parts.get("gradients", 0) - parts["logits of a chunk"]
+    only_in_training = ("gradients", "whole gradient", "logits of a chunk")
+    resident = sum(size for name, size in parts.items() if name not in only_in_training)
     rows = min(rows_that_fit(config, bytes_per_number, longest, card - resident), args.generation_batch_size)
     cache = kv_bytes(config, bytes_per_number, longest)
     return (f"{rows} completions of up to {longest} tokens at the same time; "

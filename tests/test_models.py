@@ -235,7 +235,8 @@ def test_a_teacher_on_the_same_card_takes_memory(device, needed, plan):
 def test_processes_share_what_training_takes(plan, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 4)
     args, line = plan()
-    assert line.startswith("6 GB")
+    assert line.startswith("10 GB a process: weights 1 GB, gradients 1 GB, Adam 2 GB, sampling copy 2 GB")
+    assert "whole gradient 4 GB" in line
 
 
 @pytest.mark.parametrize("card, processes, flags, fits", [
