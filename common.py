@@ -1034,7 +1034,7 @@ def card_parts(args: RunFlags) -> dict[str, float]:
     """
     policy = count_parameters(args.model, "--model")
     if args.lora_rank:
-        parts = {"frozen weights": 2 * policy}
+        parts = {"frozen weights": 2 * policy, "adapters": 16 * count_adapter_parameters(args)}
     elif args.cpu_offload:
         parts = {"gathered weights": 2 * policy}
     else:
@@ -1149,13 +1149,25 @@ def check_room(host: float, disk: float, out: str) -> None:
 
 def count_parameters(name: str, flag: str) -> int:
     """Return a model's number of parameters, from its configuration alone."""
+    return sum(p.numel() for p in model_without_memory(name, flag).parameters())
+
+
+def count_adapter_parameters(args: RunFlags) -> int:
+    """Return the parameters of --lora_rank's adapters: rank x (inputs + outputs) of every layer but the head."""
+    model = model_without_memory(args.model, "--model")
+    linear = [module for module in model.modules()
+              if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    return args.lora_rank * sum(layer.in_features + layer.out_features for layer in linear)
+
+
+def model_without_memory(name: str, flag: str):
+    """Return a model on the meta device: the shapes of its weights, and no numbers."""
     config = load_config(name, flag)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except Exception as error:
         refuse(f"{flag} {name}: no causal language model can be made from its config ({first_line(error)})")
-    return sum(p.numel() for p in model.parameters())
 
 
 # ---------------------------------------------------------------- generation

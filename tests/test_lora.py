@@ -76,9 +76,13 @@ def test_offload_is_refused(model_dirs, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_memory_rule_counts_frozen_weights_only(model_dirs):
+def test_the_memory_rule_counts_frozen_weights_and_adapters(model_dirs, monkeypatch):
     args = lora_args(model_dirs)
     parameters = common.count_parameters(args.model, "--model")
     args.out = "."
-    common.choose_memory(args, card=2.5 * parameters)  # 16 + 2 bytes a parameter would not fit
+    adapters = common.count_adapter_parameters(args)
+    model = common.load_lora_policy(args)
+    assert adapters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    monkeypatch.setattr(common, "CHUNK_LOGITS", 0)
+    common.choose_memory(args, card=2.5 * parameters + 22 * adapters)  # 16 + 2 bytes a parameter would not fit
     assert args.cpu_offload is False
