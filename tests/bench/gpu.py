@@ -162,9 +162,26 @@ def head(out: Path) -> Rows:
             "two dense logits GB": 8 * num_tokens * vocabulary / GB}
 
 
+def real_model(out: Path) -> Rows:
+    """Train SmolLM2-135M-Instruct (tests/bench/real.py): held-out accuracy before and after, and the time."""
+    folder, file = out / "real", out / "real.jsonl"
+    bench = ROOT / "tests" / "bench"
+    subprocess.run([sys.executable, bench / "real.py", folder], check=True)
+    rows = ["grpo_baseline", "sgpo", "tgpo"]
+    subprocess.run([sys.executable, bench / "ablations.py", "--real", folder, "--file", file, "--seeds", "0",
+                    "--only", *rows], check=True)
+    for text in file.read_text().splitlines():
+        run = json.loads(text)
+        first, last = run["metrics"][0], run["metrics"][-1]
+        yield "SmolLM2-135M, 24 steps of 72 samples", {
+            "run": run["run"], "before": first["eval/accuracy"], "after": last["eval/accuracy"],
+            "seconds": run["seconds"], "tokens/s": last["tokens_per_s"], "peak GB": last["peak_memory_gb"]}
+
+
 LARGE = ("--microbatch_tokens", 65_536)
 PARTS = {  # the most valuable first: what it runs, and how many seconds it may take
     "tests": (tests, 240),
+    "real": (real_model, 420),
     "sgpo-0.5b": (partial(one_step, "sgpo", "0.5b"), 150),
     "sgpo-1.5b": (partial(one_step, "sgpo", "1.5b"), 180),
     "tgpo-1.5b": (partial(one_step, "tgpo", "1.5b"), 180),
@@ -226,8 +243,8 @@ def markdown(lines: list[dict]) -> str:
     """Return all rows of these parts as Markdown tables, one per title."""
     tables = {}
     for line in lines:
-        for title, row in line["rows"]:
-            tables.setdefault(title, []).append(row)
+        for entry in line["rows"]:
+            tables.setdefault(entry["table"], []).append(entry["row"])
     text = []
     for title, rows in tables.items():
         text += [f"**{title}**", "", f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
@@ -245,8 +262,8 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        for row in PARTS[args.part][0](out=args.out):
-            common.append_jsonl(args.out / f"{args.part}.rows", [row])
+        for table, row in PARTS[args.part][0](out=args.out):
+            common.append_jsonl(args.out / f"{args.part}.rows", [{"table": table, "row": row}])
         return
     start = time.time()
     args.out.mkdir(parents=True, exist_ok=True)
