@@ -1052,8 +1052,8 @@ def activation_bytes(args: RunFlags) -> float:
     """Estimate what the backward pass of one micro-batch needs from its forward pass.
 
     A layer keeps some 8 vectors of the hidden size and 7 of the MLP's size per token in bf16, in fp32 6 and 5
-    (fitted to a 135M Llama). With activation checkpointing this holds for one layer at a time, and every layer
-    keeps its fp32 input.
+    (fitted to a 135M Llama). With activation checkpointing this holds for one layer at a time, and every
+    layer keeps its fp32 input.
     """
     config = load_config(args.model).get_text_config()
     hidden = config.hidden_size
@@ -1080,9 +1080,9 @@ def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
 def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
     """Fill in the memory flags that were not given, and return two lines of the plan: memory and sampling.
 
-    CPU offload and activation checkpointing are switched on if the card is too small. With offload all weights
-    are transferred for every micro-batch, so these are larger if the card has room. A run that host memory or
-    disk cannot hold is refused before anything is loaded.
+    CPU offload and activation checkpointing are switched on if the card is too small. With offload all
+    weights are transferred for every micro-batch, so these are larger if the card has room. A run that host
+    memory or disk cannot hold is refused before anything is loaded.
     """
     card = card or card_bytes()
     if args.cpu_offload is None:
@@ -1153,7 +1153,7 @@ def count_parameters(name: str, flag: str) -> int:
 
 
 def count_adapter_parameters(args: RunFlags) -> int:
-    """Return the parameters of --lora_rank's adapters: rank x (inputs + outputs) of every layer but the head."""
+    """Return the parameters of --lora_rank's adapters: rank x (inputs + outputs) of all layers but the head."""
     model = model_without_memory(args.model, "--model")
     linear = [module for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
@@ -1389,7 +1389,7 @@ def kv_bytes(config, bytes_per_number: int, tokens: int) -> int:
 
 
 def rows_that_fit(config, bytes_per_number: int, tokens: int, free: float) -> int:
-    """Return how many sequences of so many tokens may be sampled at once, in so many free bytes of the card."""
+    """Return how many sequences of so many tokens are sampled at once, in so many free bytes of the card."""
     budget = GENERATION_SHARE * free if free < math.inf else CPU_CACHE_BYTES
     return max(int(budget // kv_bytes(config, bytes_per_number, tokens)), 1)
 

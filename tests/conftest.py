@@ -48,7 +48,8 @@ def small_tokenizer(chat_template: str | None = CHAT_TEMPLATE, eos: str = "<|im_
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<pad>")
-    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in special if t not in (eos, "<pad>")]})
+    others = [token for token in special if token not in (eos, "<pad>")]
+    tokenizer.add_special_tokens({"additional_special_tokens": others})
     tokenizer.chat_template = chat_template
     return tokenizer
 

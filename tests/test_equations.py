@@ -10,7 +10,6 @@ import torch
 from pytest import approx
 from torch import Tensor
 
-import grpo_baseline
 import sgpo
 import tgpo
 from grpo_baseline import group_advantages, logp_and_entropy, policy_loss, token_weights

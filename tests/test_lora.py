@@ -84,5 +84,6 @@ def test_the_memory_rule_counts_frozen_weights_and_adapters(model_dirs, monkeypa
     model = common.load_lora_policy(args)
     assert adapters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     monkeypatch.setattr(common, "CHUNK_LOGITS", 0)
-    common.choose_memory(args, card=2.5 * parameters + 22 * adapters)  # 16 + 2 bytes a parameter would not fit
+    card = 2.5 * parameters + 22 * adapters  # 16 + 2 bytes a parameter would not fit
+    common.choose_memory(args, card)
     assert args.cpu_offload is False

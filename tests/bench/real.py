@@ -7,8 +7,8 @@
 Six shops change a marked price in two steps. Which steps is each shop's hidden rule: "Rosa's lamp: 57" is
 answered "57+6=63, 63*2=\\boxed{126}", and the strategy names the two steps. DIR then holds
   model/         the model as it comes; it puts no answer in a box
-  warm/model/    the student, after an SFT warm-up on warmup.jsonl. The warm-up teaches three things: the way of
-                 writing, to follow any strategy, and guesses of each shop's rule, right more or less often
+  warm/model/    the student, after an SFT warm-up on warmup.jsonl. The warm-up teaches three things: the way
+                 of writing, to follow any strategy, and guesses of each shop's rule, more or less often right
   teacher/model/ the teacher of TGPO: the student, taught the right rules on teacher.jsonl in another way of
                  writing, "57 plus 6=63, 63 times 2=\\boxed{126}"
   train.jsonl, held_out.jsonl    the problems, with answers and strategies; held out are eight prices
@@ -74,7 +74,7 @@ def rl_rows(rng: random.Random, prices: list[int]) -> list[dict]:
 
 
 def warmup_rows(rng: random.Random, prices: list[int]) -> list[dict]:
-    """Return the rows of the warm-up: random rules with their strategy, then guesses of the shops' own rules."""
+    """Return the warm-up's rows: random rules with their strategy, and guesses of the shops' own rules."""
     rows = []
     for _ in range(WARMUP_ROWS):
         shop = rng.choice([*SHOPS, *OTHER_NAMES])
@@ -98,8 +98,8 @@ def warmup_rows(rng: random.Random, prices: list[int]) -> list[dict]:
 def teacher_rows(rng: random.Random, prices: list[int]) -> list[dict]:
     """Return rows that teach every shop's right rule, with the operations written in words.
 
-    In one of six rows one of the two operations is in signs, as the student writes it. So the teacher can go on
-    with any prefix, and its likeliest next token is still a word.
+    In one of six rows one of the two operations is in signs, as the student writes it. So the teacher can go
+    on with any prefix, and its likeliest next token is still a word.
     """
     rows = []
     for shop, (first, second, _) in SHOPS.items():
