@@ -331,7 +331,7 @@ def sampled(model, number: int) -> list:
         torch.manual_seed(number)
         config = GenerationConfig(do_sample=do_sample, temperature=1.0, top_p=0.9, top_k=0,
                                   max_new_tokens=5 + 4 * number, eos_token_id=[IM_END], pad_token_id=IM_END)
-        completions.append(common.generate_in_pieces(model, PROMPTS[number], config, 10).tolist())
+        completions.append(common.generate_in_pieces(model, PROMPTS[number], config, 10).ids.tolist())
     return completions
 
 
