@@ -167,7 +167,7 @@ def real_model(out: Path) -> Rows:
     folder, file = out / "real", out / "real.jsonl"
     bench = ROOT / "tests" / "bench"
     subprocess.run([sys.executable, bench / "real.py", folder], check=True)
-    rows = ["grpo_baseline", "sgpo", "tgpo"]
+    rows = ["grpo_baseline", "sgpo", "tgpo --coefficient 0.5 --coefficient_fall 0.02 --lr 2e-4"]
     subprocess.run([sys.executable, bench / "ablations.py", "--real", folder, "--file", file, "--seeds", "0",
                     "--only", *rows], check=True)
     for text in file.read_text().splitlines():
