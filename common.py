@@ -399,13 +399,17 @@ def write_atomic(path: Path, text: str) -> None:
 def append_jsonl(path: Path, rows: Sequence[dict]) -> None:
     """Append rows to a JSONL file. A number that is not finite becomes null: JSON has no NaN."""
     with open(path, "a", encoding="utf-8") as file:
-        for row in rows:
-            numbers_checked = {name: None if is_not_finite(value) else value for name, value in row.items()}
-            file.write(json.dumps(numbers_checked) + "\n")
+        file.writelines(json.dumps(without_nan(row)) + "\n" for row in rows)
 
 
-def is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with None for every number that is not finite."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    is_nan = isinstance(value, float) and not math.isfinite(value)
+    return None if is_nan else value
 
 
 def load_problems(source: str) -> list[dict]:
@@ -917,7 +921,7 @@ def load_policy(args: RunFlags):
     model.samples_from_bf16_copy = args.bf16 and not is_sharded
     if is_sharded:
         shard(model, args.bf16, args.cpu_offload)
-        model.reduces_gradient_once = gradient_fits(args)
+        model.reduces_gradient_once = all(from_all_processes(gradient_fits(args)))
     return model
 
 
@@ -1030,20 +1034,22 @@ def card_parts(args: RunFlags) -> dict[str, float]:
     """Return what a process keeps on its card, name -> bytes.
 
     A parameter takes 16 bytes: 4 for the weight, 4 for its gradient, 8 for Adam, divided among the processes.
-    With --cpu_offload they are in host memory, and the card holds the gathered bf16 weights while it samples.
+    With --cpu_offload they are in host memory, and the card holds the gathered weights while it samples.
     """
     policy = count_parameters(args.model, "--model")
+    bytes_per_number = 2 if args.bf16 else 4
     if args.lora_rank:
-        parts = {"frozen weights": 2 * policy, "adapters": 16 * count_adapter_parameters(args)}
+        parts = {"frozen weights": (2 if ON_GPU else 4) * policy,
+                 "adapters": 16 * count_adapter_parameters(args)}
     elif args.cpu_offload:
-        parts = {"gathered weights": 2 * policy}
+        parts = {"gathered weights": bytes_per_number * policy}
     else:
         share = policy / world_size()
         parts = {"weights": 4 * share, "gradients": 4 * share, "Adam": 8 * share}
-        if args.bf16:
-            parts["sampling copy"] = 2 * policy
+        if args.bf16 or world_size() > 1:
+            parts["sampling copy"] = bytes_per_number * policy
     if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
-        parts["teacher"] = 2 * count_parameters(args.teacher, "--teacher") / world_size()
+        parts["teacher"] = bytes_per_number * count_parameters(args.teacher, "--teacher") / world_size()
     parts["logits of a chunk"] = 16 * CHUNK_LOGITS  # in fp32, with their gradient and two copies
     return parts
 
@@ -1056,13 +1062,16 @@ def activation_bytes(args: RunFlags) -> float:
     layer keeps its fp32 input.
     """
     config = load_config(args.model).get_text_config()
-    hidden = config.hidden_size
+    hidden = getattr(config, "hidden_size", None)
+    if hidden is None:
+        return 0.0
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     one_layer = 2 * (8 * hidden + 7 * mlp) if args.bf16 else 4 * (6 * hidden + 5 * mlp)
     per_token = config.num_hidden_layers * one_layer
     if args.activation_checkpointing:
         per_token = config.num_hidden_layers * 4 * hidden + one_layer
-    return per_token * args.microbatch_tokens
+    longest_sample = args.max_prompt_tokens + args.max_new_tokens  # it may stand alone in a micro-batch
+    return per_token * max(args.microbatch_tokens, longest_sample)
 
 
 def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
@@ -1089,13 +1098,14 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
         args.cpu_offload = not args.lora_rank and sum(card_parts(args).values()) > 0.75 * card
     if args.microbatch_tokens is None:
         args.microbatch_tokens = 32768 if args.cpu_offload and card >= 64e9 else 16384
-    parts = card_parts(args)
-    if args.activation_checkpointing is None:
-        needed = sum(parts.values()) + activation_bytes(args)
-        args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
     policy = count_parameters(args.model, "--model")
+    parts = card_parts(args)
     if (args.cpu_offload or world_size() > 1) and gradient_fits(args, card):
         parts["whole gradient"] = 4 * policy
+    if args.activation_checkpointing is None:
+        only_in_sampling = parts.get("sampling copy", 0) + parts.get("gathered weights", 0)
+        needed = sum(parts.values()) - only_in_sampling + activation_bytes(args)
+        args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
     host = 16 * policy if args.cpu_offload else 0
     checkpoint = 0 if args.lora_rank else 12 * policy  # adapters are small
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
@@ -1119,7 +1129,9 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
 def sampling_plan(args: RunFlags, parts: dict[str, float], card: float) -> str:
     """Return the plan's line about the KV cache and how many completions are sampled at the same time."""
     config = load_config(args.model)
-    bytes_per_number = 2 if args.bf16 or args.lora_rank and ON_GPU else 4
+    bytes_per_number = 2 if args.bf16 else 4
+    if args.lora_rank:
+        bytes_per_number = 2 if ON_GPU else 4
     longest = args.max_prompt_tokens + args.max_new_tokens
     only_in_training = ("gradients", "whole gradient", "logits of a chunk")
     resident = sum(size for name, size in parts.items() if name not in only_in_training)
@@ -1153,7 +1165,7 @@ def count_parameters(name: str, flag: str) -> int:
 
 
 def count_adapter_parameters(args: RunFlags) -> int:
-    """Return the parameters of --lora_rank's adapters: rank x (inputs + outputs) of all layers but the head."""
+    """Return the parameters of --lora_rank's adapters: rank x (inputs + outputs) of every layer but the head."""
     model = model_without_memory(args.model, "--model")
     linear = [module for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
@@ -1179,7 +1191,7 @@ PREFILL_TOKENS = 2 ** 16    # prompt tokens of one forward pass
 
 @dataclass
 class Samples:
-    """Completions, and what the sampler knows of every token; [N, C] each, 0 behind the first end token."""
+    """Completions, and what the sampler knows of every token, [N, C] each, valid up to the first end."""
     ids: Tensor        # token ids, padded with an end token
     logps: Tensor      # log pi(token) by the weights that sample, before top-p
     kept_mass: Tensor  # the probability of all tokens that top-p keeps
@@ -1931,11 +1943,11 @@ def truncate_log(path: Path, last_step: int) -> None:
         if not line.endswith("\n"):
             continue
         try:
-            step = json.loads(line)["step"]
+            is_kept = json.loads(line)["step"] <= last_step
         except (ValueError, TypeError, KeyError):
             refuse(f"{path}, line {number}: not a row with a step; delete the line and resume again",
                    from_any_process=True)
-        if step <= last_step:
+        if is_kept:
             kept.append(line)
     write_atomic(path, "".join(kept))
 

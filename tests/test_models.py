@@ -207,6 +207,31 @@ def test_micro_batches_are_larger_with_offload_on_a_large_card(card, flags, toke
     assert args.microbatch_tokens == tokens
 
 
+def test_fp32_gathers_twice_the_weights(plan, monkeypatch):
+    args, line = plan(cpu_offload=True)
+    assert "gathered weights 2 GB" in line
+    args.bf16 = False
+    assert common.card_parts(args)["gathered weights"] == 4e9
+    args.cpu_offload = False
+    assert "sampling copy" not in common.card_parts(args)  # one process samples from the weights themselves
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    assert common.card_parts(args)["sampling copy"] == 4e9
+
+
+def test_activations_of_a_long_sample_and_of_the_whole_gradient_count(large_model, monkeypatch):
+    monkeypatch.setattr(common, "check_room", lambda host, disk, out: None)
+    path = large_model("Qwen2.5-1.5B")
+    args = grpo_baseline.Args(model=path, out="run", bf16=True, microbatch_tokens=1024, max_new_tokens=8192)
+    common.choose_memory(args, 60e9)  # one sample of 9,216 tokens takes 39 GB
+    assert args.activation_checkpointing
+    monkeypatch.setattr(common, "world_size", lambda: 8)
+    path = large_model("Qwen2.5-7B")
+    args = grpo_baseline.Args(model=path, out="run", bf16=True, microbatch_tokens=3072)
+    lines = common.choose_memory(args, 80e9)
+    assert "whole gradient 30.5 GB" in lines["memory"]
+    assert args.activation_checkpointing
+
+
 def test_offload_switches_checkpointing_on(plan):
     args, line = plan(cpu_offload=True)
     assert args.activation_checkpointing

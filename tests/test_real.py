@@ -1,4 +1,4 @@
-"""A real language model, SmolLM2-135M-Instruct (tests/bench/real.py); skipped where its package is missing."""
+"""A real language model, SmolLM2-135M-Instruct (tests/bench/real.py); skipped without its package."""
 import importlib.util
 import sys
 
@@ -79,7 +79,8 @@ def test_two_steps_of_sgpo_save_load_and_resume(folder, tmp_path, monkeypatch):
     rows = write_jsonl(tmp_path / "rows.jsonl", [real.make_row("Rosa", "lamp", n, "add 6", "double it")
                                                  for n in (20, 21)])
     argv = ["--model", folder, "--dataset", rows, "--reward", f"{tmp_path}/reward.py:even",
-            "--warmup_frac", 0, "--prompts_per_step", 2, "--group_size", 2, "--guided_group_size", 1, "--max_new_tokens", 6,
+            "--warmup_frac", 0, "--prompts_per_step", 2, "--group_size", 2, "--guided_group_size", 1,
+            "--max_new_tokens", 6,
             "--lr", 1e-5, "--lora_rank", 0]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_main("sgpo", *argv, "--steps", 2, "--out", whole) == 0

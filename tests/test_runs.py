@@ -129,8 +129,9 @@ def test_a_damaged_log_is_refused_with_its_line(train, capsys):
 
 
 def test_logs_hold_no_nan(tmp_path):
-    common.append_jsonl(tmp_path / "log.jsonl", [{"step": 1, "loss": math.nan, "reward": 0.5}])
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null, "reward": 0.5}\n'
+    row = {"step": 1, "loss": math.nan, "inner": {"x": [math.inf, 0.5]}}
+    common.append_jsonl(tmp_path / "log.jsonl", [row])
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null, "inner": {"x": [null, 0.5]}}\n'
 
 
 def leave_traces_of_a_kill(run) -> None:

@@ -11,6 +11,7 @@ A run whose line is in --file is not repeated, so the same command continues aft
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def train(row: str, seed: int, file: Path, real: Path | None, keep: Path | None)
             diff = ROOT / "tests" / "forks" / f"{script}.diff"
             subprocess.run(["patch", "-s", "-o", path, ROOT / "grpo_baseline.py", diff], check=True)
         out = Path(keep or folder, f"{row.replace(' ', '_')}.{seed}")
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was stopped
         command = [sys.executable, path, *flags, "--seed", str(seed), "--out", out]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         start = time.time()

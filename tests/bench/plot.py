@@ -49,7 +49,7 @@ def curve(runs: list[list[dict]], key: str) -> tuple | None:
         return None
     by_seed = []
     for metrics in runs:
-        by_seed.append({row["step"]: row[key] for row in metrics if key in row})
+        by_seed.append({row["step"]: row[key] for row in metrics if row.get(key) is not None})
     steps = sorted(set.intersection(*map(set, by_seed)))
     if not steps:
         return None
