@@ -1165,7 +1165,7 @@ def count_parameters(name: str, flag: str) -> int:
 
 
 def count_adapter_parameters(args: RunFlags) -> int:
-    """Count the parameters of --lora_rank's adapters: rank x (inputs + outputs) of each layer but the head."""
+    """Count the parameters of --lora_rank's adapters: rank x (inputs + outputs) of layers but the head."""
     model = model_without_memory(args.model, "--model")
     linear = [module for module in model.modules()
               if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
