@@ -1030,6 +1030,21 @@ def card_bytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory if ON_GPU else math.inf
 
 
+ONLY_IN_SAMPLING = ("sampling copy", "gathered weights")
+ONLY_IN_TRAINING = ("gradients", "whole gradient", "logits of a chunk")
+
+
+def bytes_of_sampling_weight(args: RunFlags) -> int:
+    """Return the bytes of one number in the weights that sample, and in their KV cache."""
+    in_bf16 = ON_GPU if args.lora_rank else args.bf16
+    return 2 if in_bf16 else 4
+
+
+def total_without(parts: dict[str, float], names: Sequence[str]) -> float:
+    """Return the bytes of all parts but these."""
+    return sum(size for name, size in parts.items() if name not in names)
+
+
 def card_parts(args: RunFlags) -> dict[str, float]:
     """Return what a process keeps on its card, name -> bytes.
 
@@ -1037,19 +1052,19 @@ def card_parts(args: RunFlags) -> dict[str, float]:
     With --cpu_offload they are in host memory, and the card holds the gathered weights while it samples.
     """
     policy = count_parameters(args.model, "--model")
-    bytes_per_number = 2 if args.bf16 else 4
+    sampling_weights_size = bytes_of_sampling_weight(args) * policy
     if args.lora_rank:
-        parts = {"frozen weights": (2 if ON_GPU else 4) * policy,
-                 "adapters": 16 * count_adapter_parameters(args)}
+        parts = {"frozen weights": sampling_weights_size, "adapters": 16 * count_adapter_parameters(args)}
     elif args.cpu_offload:
-        parts = {"gathered weights": bytes_per_number * policy}
+        parts = {"gathered weights": sampling_weights_size}
     else:
         share = policy / world_size()
         parts = {"weights": 4 * share, "gradients": 4 * share, "Adam": 8 * share}
         if args.bf16 or world_size() > 1:
-            parts["sampling copy"] = bytes_per_number * policy
+            parts["sampling copy"] = sampling_weights_size
     if getattr(args, "teacher", None) and args.teacher_device in (None, "cuda", "cuda:0"):
-        parts["teacher"] = bytes_per_number * count_parameters(args.teacher, "--teacher") / world_size()
+        teacher_size = count_parameters(args.teacher, "--teacher") * (2 if args.bf16 else 4)
+        parts["teacher"] = teacher_size / world_size()
     parts["logits of a chunk"] = 16 * CHUNK_LOGITS  # in fp32, with their gradient and two copies
     return parts
 
@@ -1066,7 +1081,9 @@ def activation_bytes(args: RunFlags) -> float:
     if hidden is None:
         return 0.0
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    one_layer = 2 * (8 * hidden + 7 * mlp) if args.bf16 else 4 * (6 * hidden + 5 * mlp)
+    one_layer = 4 * (6 * hidden + 5 * mlp)
+    if args.bf16:
+        one_layer = 2 * (8 * hidden + 7 * mlp)
     per_token = config.num_hidden_layers * one_layer
     if args.activation_checkpointing:
         per_token = config.num_hidden_layers * 4 * hidden + one_layer
@@ -1079,10 +1096,8 @@ def gradient_fits(args: RunFlags, card: float | None = None) -> bool:
 
     It may take half of what is left of the card; activations need the rest.
     """
-    resting = card_parts(args)
-    resting.pop("sampling copy", None)
-    resting.pop("gathered weights", None)
-    free = (card or card_bytes()) - sum(resting.values())
+    card = card or card_bytes()
+    free = card - total_without(card_parts(args), ONLY_IN_SAMPLING)
     return 4 * count_parameters(args.model, "--model") <= free / 2
 
 
@@ -1103,8 +1118,7 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
     if (args.cpu_offload or world_size() > 1) and gradient_fits(args, card):
         parts["whole gradient"] = 4 * policy
     if args.activation_checkpointing is None:
-        only_in_sampling = parts.get("sampling copy", 0) + parts.get("gathered weights", 0)
-        needed = sum(parts.values()) - only_in_sampling + activation_bytes(args)
+        needed = total_without(parts, ONLY_IN_SAMPLING) + activation_bytes(args)
         args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
     host = 16 * policy if args.cpu_offload else 0
     checkpoint = 0 if args.lora_rank else 12 * policy  # adapters are small
@@ -1129,13 +1143,11 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
 def sampling_plan(args: RunFlags, parts: dict[str, float], card: float) -> str:
     """Return the plan's line about the KV cache and how many completions are sampled at the same time."""
     config = load_config(args.model)
-    bytes_per_number = 2 if args.bf16 else 4
-    if args.lora_rank:
-        bytes_per_number = 2 if ON_GPU else 4
+    bytes_per_number = bytes_of_sampling_weight(args)
     longest = args.max_prompt_tokens + args.max_new_tokens
-    only_in_training = ("gradients", "whole gradient", "logits of a chunk")
-    resident = sum(size for name, size in parts.items() if name not in only_in_training)
-    rows = min(rows_that_fit(config, bytes_per_number, longest, card - resident), args.generation_batch_size)
+    free = card - total_without(parts, ONLY_IN_TRAINING)
+    fitting = rows_that_fit(config, bytes_per_number, longest, free)
+    rows = min(fitting, args.generation_batch_size)
     cache = kv_bytes(config, bytes_per_number, longest)
     return (f"{rows} completions of up to {longest} tokens at the same time; "
             f"KV cache {gigabytes(rows * cache)}, {cache / longest / 1e3:.3g} kB a token")

@@ -169,8 +169,8 @@ def sample_batch(model, tokenizer, title: str, start: int, samples: list[dict], 
         pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
     )
     prompts = [sample["prompt"] for sample in samples]
-    samples_of_batch = generate_in_pieces(model, prompts, config, args.generation_batch_size)
-    completions = samples_of_batch.ids                                                    # [n, C]
+    sampled = generate_in_pieces(model, prompts, config, args.generation_batch_size)
+    completions = sampled.ids                                                             # [n, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [n, C]
     ends_before = is_end.cumsum(1) - is_end.long()
     mask = ends_before == 0

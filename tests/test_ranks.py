@@ -68,7 +68,7 @@ def joined(rank: int, port: int, results, screen: str, work, args) -> None:
 
 # ---- whole runs
 
-def made_up(model, prompts, config, max_rows) -> torch.Tensor:
+def made_up(model, prompts, config, max_rows) -> common.Samples:
     """Stand in for generate_in_pieces: completions depend on the prompt and how often the call has it."""
     seen = Counter()
     rows = []
