@@ -168,16 +168,16 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         eos_token_id=end_ids,
         pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
     )
-    samples = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)
-    completions = samples.ids                                                             # [N, C]
+    sampled = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)
+    completions = sampled.ids                                                             # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
     num_ends = is_end.cumsum(1)                                                           # [N, C]
     mask = (num_ends == 0) | (is_end & (num_ends == 1))
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     truncated = ~is_end.any(1)
-    return Rollout(prompts, sampled_from, completions, mask, truncated, texts, samples.logps,
-                   samples.kept_mass)
+    return Rollout(prompts, sampled_from, completions, mask, truncated, texts, sampled.logps,
+                   sampled.kept_mass)
 
 
 # ---------------------------------------------------------------- objective
@@ -518,7 +518,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
             sums["entropy"] += entropy.sum().item()
             sums["clipped"] += clipped.sum().item()
             sums["tokens"] += mask.sum().item()
-            sums["sampler_gap"] += (old - ro.sampler_logps[idx])[mask].abs().sum().item()
+            sampler_gap = (old - ro.sampler_logps[idx]).abs()              # [n, C]
+            sums["sampler_gap"] += sampler_gap[mask].sum().item()
             sums["real"] += sum(lengths[i] for i in idx)
             sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
@@ -582,8 +583,8 @@ def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
     """Return the metrics of a step's samples, whose rewards are `groups` [B, G], without guided samples."""
     num_auto = groups.numel() // world_size()  # they come first
     mask, truncated = ro.mask[:num_auto], ro.truncated[:num_auto]
-    num_tokens, num_truncated, kept_mass = sum_over_processes(
-        mask.sum(), truncated.sum(), ro.kept_mass[:num_auto][mask].sum())
+    kept_mass = ro.kept_mass[:num_auto][mask]
+    num_tokens, num_truncated, mass = sum_over_processes(mask.sum(), truncated.sum(), kept_mass.sum())
     all_equal = (groups == groups[:, :1]).all(1)                           # [B]
     return {
         "reward": groups.mean().item(),
@@ -591,7 +592,7 @@ def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
         "frac_reward_zero_std": all_equal.float().mean().item(),
         "completions/mean_length": num_tokens / groups.numel(),
         "completions/clipped_ratio": num_truncated / groups.numel(),
-        "sampling/top_p_mass": kept_mass / num_tokens,
+        "sampling/top_p_mass": mass / num_tokens,
     }
 
 
