@@ -40,6 +40,11 @@ REFUSED = [  # model type, settings, and why it is refused
     ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 32, **MOE}, "no hidden states and head"),
     ("gpt2", {"resid_pdrop": 0.5}, "computes something else in train mode"),
 ]
+READS_PADDING = [  # model type and settings
+    ("rwkv", {}),
+    ("minimax", {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], **MOE}),
+    ("recurrent_gemma", {"block_types": ["recurrent", "attention"], "attention_window_size": 8}),
+]
 
 
 def refusal(capsys, function, *args) -> str:
@@ -61,6 +66,12 @@ def test_a_model_of_which_sampling_and_scoring_differ_is_refused(kind, settings,
     error = refusal(capsys, common.check_model, model, "--model m")
     assert error.startswith("error: --model m: not supported, ")
     assert message in error
+
+
+@pytest.mark.parametrize("kind, settings", READS_PADDING)
+def test_a_model_that_reads_left_padding_is_refused(kind, settings, capsys):
+    model = small_model(kind, **settings)
+    assert "reads the padding on the left" in refusal(capsys, common.check_model, model, "--model m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
