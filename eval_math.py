@@ -8,7 +8,7 @@ same command is given again, and ends with the same numbers.
     python eval_math.py --compare evals/a evals/b
 
 Papers: SGPO (arXiv 2606.24064) for the protocol; unbiased pass@k: 2107.03374; majority vote: 2203.11171.
-Read `main` first, then `summarize`.
+Read `evaluate` first, then `summarize`.
 """
 import dataclasses
 import hashlib
@@ -29,12 +29,36 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from common import (
-    BENCHMARKS, DEMO_FOLDER, SYSTEM_PROMPT, append_jsonl, build_prompt, check_context, extract_answer, flag,
-    generate_in_pieces, gold_is_gradable, grade, grader_counts, load_model, load_problems, load_tokenizer,
-    lock_file, parse_args, printable, program, random_generator, read_jsonl, refuse, seed_everything,
-    stop_ids, versions, world_size, write_atomic)
+    BENCHMARKS,
+    DEMO_FOLDER,
+    SYSTEM_PROMPT,
+    append_jsonl,
+    build_prompt,
+    check_context,
+    extract_answer,
+    flag,
+    generate_in_pieces,
+    gold_is_gradable,
+    grade,
+    grader_counts,
+    load_model,
+    load_problems,
+    load_tokenizer,
+    lock_file,
+    parse_args,
+    printable,
+    program,
+    random_generator,
+    read_jsonl,
+    refuse,
+    seed_everything,
+    stop_ids,
+    versions,
+    world_size,
+    write_atomic,
+)
 
-# Letters: k samples per problem, c of them correct; n samples of a batch, C tokens of the longest completion.
+# Letters: k samples per problem, c of them correct; n samples of a batch, C length of the longest completion.
 
 
 # ---------------------------------------------------------------- flags
@@ -53,8 +77,8 @@ class Args:
     temperature: float = flag(0.6, "sampling temperature (the papers'); 0: greedy, with --k 1", "[0, inf)")
     top_p: float = flag(0.95, "sample from the likeliest tokens that hold this probability (SGPO's; TGPO "
                               "evaluates at 1)", "(0, 1]")
-    max_new_tokens: int = flag(4096, "longest completion, in tokens; raise it if many are truncated (the "
-                                     "papers: 32K)", "[1, inf)")
+    max_new_tokens: int = flag(4096, "maximum completion length in tokens; raise it if many are truncated "
+                                     "(the papers: 32K)", "[1, inf)")
     generation_batch_size: int = flag(64, "completions that are sampled and graded together; lower it if "
                                           "memory runs out", "[1, inf)")
     system_prompt: str = flag(SYSTEM_PROMPT, "system message of every prompt; empty for none")
@@ -146,7 +170,7 @@ def attach_strategies(source: str, problems: list[dict]) -> None:
         for problem in problems:
             problem["strategy"] = strategies.get(problem["problem"].strip())
     if not any(problem.get("strategy") for problem in problems):
-        refuse(f"--strategies {source}: no problem of the benchmarks has one there")
+        refuse(f"--strategies {source}: it has no strategy for any problem of the benchmarks")
 
 
 # ---------------------------------------------------------------- sampling
@@ -166,14 +190,14 @@ def sample_batch(model, tokenizer, title: str, start: int, samples: list[dict], 
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # any id serves as padding, because masks go by position
+        pad_token_id=end_ids[0],  # any id works, because the mask goes by position
     )
     prompts = [sample["prompt"] for sample in samples]
     sampled = generate_in_pieces(model, prompts, config, args.generation_batch_size)
     completions = sampled.ids                                                             # [n, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [n, C]
-    ends_before = is_end.cumsum(1) - is_end.long()
-    mask = ends_before == 0
+    ends_before = is_end.cumsum(1) - is_end.long()                                        # [n, C]
+    mask = ends_before == 0  # up to and including the first end token
     written = mask & ~is_end
     rows = []
     for i, sample in enumerate(samples):
@@ -237,7 +261,7 @@ def mean(rows: Sequence[dict], name: str) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased chance that one of k samples is correct, from c correct ones among n.
+    """Return the unbiased estimate of P(at least one of k samples is correct), c of n samples being correct.
 
     1 - C(n - c, k) / C(n, k)
     """
@@ -277,9 +301,9 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 # ---------------------------------------------------------------- results
 
 def summarize(rows: list[dict], unguided: dict | None, seed: int) -> dict:
-    """Return the numbers of one part, for all its problems and for each.
+    """Return the statistics of one part, over all its problems and per problem.
 
-    `unguided`: the numbers of the same benchmark without strategies, if this part has strategies.
+    `unguided`: the statistics of the same benchmark without strategies, if this part has strategies.
     """
     samples_of = defaultdict(list)
     for row in rows:
@@ -288,7 +312,7 @@ def summarize(rows: list[dict], unguided: dict | None, seed: int) -> dict:
     per_problem = {}
     for name, samples in samples_of.items():
         winner = majority([vote(sample["answer"]) for sample in samples])
-        numbers = per_problem[name] = {
+        numbers = {
             "avg@k": mean(samples, "correct"),
             "pass@k": float(any(sample["correct"] for sample in samples)),
             "mean_length": mean(samples, "tokens"),
@@ -296,9 +320,11 @@ def summarize(rows: list[dict], unguided: dict | None, seed: int) -> dict:
         }
         if unguided:
             numbers["strategy adds"] = numbers["avg@k"] - unguided["per_problem"][name]["avg@k"]
+        per_problem[name] = numbers
     results = {"problems": len(per_problem), "k": k, "truncated": mean(rows, "truncated"),
                "no_box": float(np.mean([row["answer"] is None for row in rows]))}
-    for measure in numbers:
+    measures = list(numbers)  # the same for every problem
+    for measure in measures:
         values = [of_problem[measure] for of_problem in per_problem.values()]
         results[measure] = float(np.mean(values))
         results[f"{measure}_interval"] = bootstrap_interval(values, seed)
@@ -346,7 +372,7 @@ def compare(folders: list[str]) -> None:
     table = [["", "", "A", "B", "B - A", "95% interval"]]
     for title in titles:
         if a["inputs"][title] != b["inputs"][title]:
-            refuse(f"--compare: A and B have other problems, answers, strategies or --k in {title}")
+            refuse(f"--compare: A and B differ in problems, answers, strategies or --k of {title}")
         table += compare_part(title, a["results"][title], b["results"][title])
     print(printable(f"A: {folders[0]}\nB: {folders[1]}"))
     for name, value in a["flags"].items():

@@ -8,7 +8,7 @@ with a positive advantage likelier. There is no value network and no KL to a ref
     python grpo_baseline.py --model Qwen/Qwen2.5-1.5B-Instruct     # real problems
 
 Papers: DeepSeekMath (arXiv 2402.03300); DAPO (2503.14476) for unequal clipping bounds and --loss_type dapo;
-Dr. GRPO (2503.20783) for --loss_type dr_grpo. Read `main` first, then `update`.
+Dr. GRPO (2503.20783) is --loss_type dr_grpo --scale_rewards none. Read `main` first, then `update`.
 """
 import math
 import time
@@ -50,8 +50,8 @@ from common import (
 )
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
-# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
-# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
+# (n of them in a micro-batch), C length of the longest completion, M completion tokens of a micro-batch
+# (m of them in a chunk), d hidden size, V vocabulary.
 
 
 # ---------------------------------------------------------------- flags
@@ -62,21 +62,23 @@ class Args(RunFlags):
     steps: int = flag(400, "training steps, each with one rollout; 0: only the SFT warm-up", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(12, "samples per problem (12 equals the 8 + 4 of SGPO)", "[2, inf)")
-    max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
+    max_new_tokens: int = flag(2048, "maximum completion length in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
-    top_p: float = flag(0.95, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
+    top_p: float = flag(0.95, "sample only from the likeliest tokens that together have this probability",
+                        "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.28, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "clip the ratio pi/pi_old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "clip the ratio pi/pi_old above 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing "
+                 "(as in Dr. GRPO)")
     # update
     lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises to --lr", "[0, inf)")
     weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
@@ -99,7 +101,7 @@ class Rollout:
         return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Return the tokens of every sample, prompt and completion together."""
+        """Return the number of tokens of every sample, prompt and completion together."""
         completion_lengths = self.mask.sum(1).tolist()
         return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
@@ -114,13 +116,13 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
+        pad_token_id=end_ids[0],  # any id works, because the mask goes by position
     )
     sampled = generate_in_pieces(model, prompts, config, args.generation_batch_size)
     completions = sampled.ids                                                             # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    num_ends = is_end.cumsum(1)                                                           # [N, C]
-    mask = (num_ends == 0) | (is_end & (num_ends == 1))
+    ends_before = is_end.cumsum(1) - is_end.long()                                        # [N, C]
+    mask = ends_before == 0  # up to and including the first end token
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     truncated = ~is_end.any(1)
@@ -150,8 +152,9 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
 
-    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
-    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1 and the
+    loss of every token is -A. The advantages of a group sum to 0, so the loss is 0 with --loss_type grpo.
+    With the other two it only says which completions are longer. The gradient is -A grad log pi all the same.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
     # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
@@ -167,9 +170,10 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples
                   num_tokens: float) -> Tensor:
     """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
-    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
-    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
+    grpo: 1 / (num_samples |o_i|), a mean over each completion's tokens, then over completions.
+    dapo: 1 / num_tokens. dr_grpo: 1 / (num_samples max_new_tokens). Both numbers count the whole optimizer
+    step, over all processes, so micro-batches add up to the loss of the full batch. Samples without a
+    gradient count, too.
     """
     lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
@@ -192,7 +196,7 @@ def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor, Tensor]:
-    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 behind the end.
+    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 after the end token.
 
     The transformer runs in bf16 under autocast on fp32 weights; logits and what follows are fp32. Logits of
     all tokens would need M x V floats, so they are made for a chunk of tokens at a time and computed again
@@ -200,7 +204,7 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
     """
     prompts, completions, mask = ro.select(idx)
 
-    def of_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(head: Fp32Head, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden) / args.temperature                           # [m, V]
         return logp_and_entropy(logits, ids)
 
@@ -210,7 +214,7 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
         head = Fp32Head(model)
         size = head.tokens_per_chunk
         for h, ids in zip(hidden.split(size), completions[mask].split(size)):
-            chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(checkpoint(of_chunk, head, h, ids, use_reentrant=False, preserve_rng_state=False))
     logps, entropy = zip(*chunks)
     logps = torch.cat(logps)                                               # [M]
     entropy = torch.cat(entropy)                                           # [M]
@@ -222,15 +226,19 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
 
 @torch.no_grad()
 def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> Tensor:
-    """Return log pi_old of every completion token, [N, C], 0 for other samples."""
+    """Return log pi_old of every completion token of these samples, [N, C], 0 for all other samples."""
     old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
     for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
-        old_logps[idx], _ = token_logps(model, ro, idx, args)
+        logps, entropy = token_logps(model, ro, idx, args)
+        old_logps[idx] = logps
     return old_logps
 
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
-    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    """Return the metrics of a rollout's optimizer steps, from sums over all their micro-batches.
+
+    Entropy and clip ratio are means over the samples that were trained on. `grad_norms` has one norm a step.
+    """
     totals = sum_over_processes(*sums.values())
     sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
@@ -243,7 +251,7 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
     if sums["tokens"]:
         metrics["entropy"] = sums["entropy"] / sums["tokens"]
         metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+        metrics["padding_frac"] = 1 - sums["real_tokens"] / sums["padded_tokens"]
         metrics["sampling/sampling_logp_difference/mean"] = sums["sampler_gap"] / sums["tokens"]
     return metrics
 
@@ -257,21 +265,22 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
     num_problems = len(advantages) // args.group_size                      # b
     has_gradient = (advantages != 0).tolist()
     advantages = advantages.to(ro.mask.device)
+    with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
         old_logps = logps_before_update(model, ro, with_gradient, args)
-    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "sampler_gap", "real", "padded"), 0.0)
+    names = ("loss", "entropy", "clipped", "tokens", "sampler_gap", "real_tokens", "padded_tokens")
+    sums = dict.fromkeys(names, 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
     # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
-    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
-        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        num_samples, num_tokens = sum_over_processes(len(samples), ro.mask[samples].sum())
+    for problem_idx in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        idx_of_step = [q * args.group_size + j for q in problem_idx for j in range(args.group_size)]
+        num_samples, num_tokens = sum_over_processes(len(idx_of_step), ro.mask[idx_of_step].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
 
         # 1. GRPO: accumulate the gradient over micro-batches
-        trained = [i for i in samples if has_gradient[i]]
+        trained = [i for i in idx_of_step if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
@@ -287,8 +296,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, args: Args) -> dic
             sums["tokens"] += mask.sum().item()
             sampler_gap = (old - ro.sampler_logps[idx]).abs()              # [n, C]
             sums["sampler_gap"] += sampler_gap[mask].sum().item()
-            sums["real"] += sum(lengths[i] for i in idx)
-            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+            sums["real_tokens"] += sum(lengths[i] for i in idx)
+            sums["padded_tokens"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
         # 2. clip the gradient and step, unless no sample of any process has a gradient
         if sum_over_processes(len(trained))[0] > 0:
@@ -308,11 +317,11 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
     if not problems:
         return {}
     seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
-    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
-    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+    repeated = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in repeated]
     ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
-    correct = reward(ro.texts, samples) >= 0.5
-    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+    correct = reward(ro.texts, repeated) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(repeated))
     return {"eval/accuracy": num_correct / num_samples}
 
 
@@ -345,10 +354,10 @@ def main() -> None:
     model = load_policy(args)                         # fp32 weights, sharded under torchrun
     run.create(data)
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = run.resume(model, optimizer)              # 0 for a new run
-    step = start
+    step = start                                      # if no step is left to run
     if start == 0 and data.held_out:
         run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
@@ -356,8 +365,8 @@ def main() -> None:
         # ---- sample problems
         seed_everything(args.seed, "step", step)
         problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
-        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+        repeated = [problem for problem in problems for _ in range(args.group_size)]               # b G
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in repeated]
 
         # ---- rollout
         rollout_start = time.perf_counter()
@@ -365,7 +374,7 @@ def main() -> None:
         rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, samples)                                           # [N]
+        rewards = reward(ro.texts, repeated)                                          # [N]
         groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
         advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
         advantages = my_share(advantages).flatten()                                   # [b G]
@@ -389,7 +398,7 @@ def main() -> None:
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:
             metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
-        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+        run.log(step, metrics, repeated, rewards.tolist(), ro.texts)
         if args.save_every and step % args.save_every == 0:
             run.save(step, model, optimizer)
         if run.should_stop():

@@ -1,7 +1,7 @@
 """SGPO (Strategy-Guided Policy Optimization): GRPO plus distillation from strategy-guided samples.
 
 What differs from grpo_baseline.py (equation numbers are those of the paper, arXiv 2606.24064; Eq. 1 is GRPO):
-  1. A second, guided group of samples sees a short strategy before the problem. GRPO does not use them.
+  1. A second, guided group of samples sees a short strategy before the problem. GRPO leaves it out.
   2. Target (Eq. 4): of the correct guided samples, the one that is likeliest WITHOUT the strategy.
   3. Loss (Eq. 3, 5): on the target, forward KL from guided to unguided distribution, outlier tokens masked.
   4. Weight (Eq. 6, 7): alpha(q) is large if the strategy helps and the model alone fails.
@@ -68,8 +68,8 @@ from common import (
 )
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
-# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
-# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
+# (n of them in a micro-batch), C length of the longest completion, M completion tokens of a micro-batch
+# (m of them in a chunk), d hidden size, V vocabulary.
 # q: a problem, s: its strategy. Of the N samples the b G autonomous ones come first, then the guided ones.
 
 
@@ -82,28 +82,32 @@ class Args(RunFlags):
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(8, "samples per problem without the strategy", "[2, inf)")
     guided_group_size: int = flag(4, "samples per problem with the strategy in the prompt", "[1, inf)")
-    max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
+    max_new_tokens: int = flag(2048, "maximum completion length in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
-    top_p: float = flag(0.95, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
+    top_p: float = flag(0.95, "sample only from the likeliest tokens that together have this probability",
+                        "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.28, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "clip the ratio pi/pi_old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.28, "clip the ratio pi/pi_old above 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "grpo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
-    autonomous_grpo: bool = flag(True, "train on the samples without the strategy by GRPO, too")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing "
+                 "(as in Dr. GRPO)")
+    autonomous_grpo: bool = flag(True, "also train on the samples without the strategy, with GRPO")
     # strategy distillation
     distill: Literal["forward_kl", "reverse_kl", "sft", "none"] = flag(
         "forward_kl", "loss that pulls the unguided distribution to the guided one; sft: learn the target's "
                       "tokens; none: no strategies, which is GRPO")
     target: Literal["reachable", "all"] = flag(
         "reachable", "distil the correct guided sample that is likeliest without the strategy, or all")
-    delta: float = flag(1.0, "leave out tokens whose KL is above this, in nats; inf: none", "[0, inf]")
+    delta: float = flag(1.0, "leave out tokens whose KL is above this, in nats; inf: keep all; not used by "
+                             "sft", "[0, inf]")
     weight: Literal["adaptive", "fixed", "group_advantage"] = flag(
-        "adaptive", "weight of a problem's distillation: from its two pass rates, --fixed_alpha, or the "
-                    "advantage of the target among the unguided samples")
+        "adaptive", "weight of a problem's distillation. adaptive: from its pass rates with and without "
+                    "strategy; fixed: --fixed_alpha; group_advantage: the target's advantage among the "
+                    "unguided samples")
     alpha0: float = flag(0.5, "scale of the adaptive weight", "[0, inf)")
     gamma: float = flag(0.1, "smoothing of the pass rates in the adaptive weight", "(0, inf)")
     alpha_max: float = flag(0.8, "largest weight", "[0, inf)")
@@ -111,7 +115,7 @@ class Args(RunFlags):
     # update
     lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises to --lr", "[0, inf)")
     weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
@@ -120,7 +124,8 @@ class Args(RunFlags):
                                  "(default: strategies.jsonl in --out)")
     strategist: str = flag(None, "model that extracts strategies from solutions: hub id, directory, URL of "
                                  "an OpenAI-compatible endpoint, or none (default: the model itself)")
-    strategist_model: str = flag(None, "name of the endpoint's model; its key is read from OPENAI_API_KEY")
+    strategist_model: str = flag(None, "name of the endpoint's model; the endpoint's key is read from "
+                                       "OPENAI_API_KEY")
     strategist_args: str = flag("{}", "JSON object of more arguments for the endpoint's requests, such as "
                                       "{\"max_completion_tokens\": 4096}")
     strategist_max_new_tokens: int = flag(2048, "longest answer of a local strategist, in tokens", "[1, inf)")
@@ -133,7 +138,7 @@ class Args(RunFlags):
 @dataclass
 class Rollout:
     prompts: list[list[int]]  # N prompts WITHOUT the strategy, under which every sample is scored
-    sampled_from: list[list[int]]  # N prompts to sample from: those of guided samples hold the strategy
+    sampling_prompts: list[list[int]]  # N prompts to sample from: those of guided samples hold the strategy
     completions: Tensor       # [N, C] token ids as sampled, never decoded and tokenized again
     mask: Tensor              # [N, C] True up to and including the first end token
     truncated: Tensor         # [N] True if no end token was sampled
@@ -146,18 +151,18 @@ class Rollout:
         return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Return the tokens of every sample, prompt and completion together."""
+        """Return the number of tokens of every sample, prompt and completion together."""
         completion_lengths = self.mask.sum(1).tolist()
         return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
 
 def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args: Args,
-            sampled_from: list[list[int]] | None = None) -> Rollout:
+            sampling_prompts: list[list[int]] | None = None) -> Rollout:
     """Sample one completion for every prompt with transformers' `generate`.
 
-    `sampled_from`: the prompts to sample from, if they are not those that the samples are scored under.
+    `sampling_prompts`: the prompts to sample from, if not those under which the samples are scored.
     """
-    sampled_from = sampled_from or prompts
+    sampling_prompts = sampling_prompts or prompts
     end_ids = stop_ids(model, tokenizer)
     config = GenerationConfig(
         do_sample=temperature > 0,
@@ -166,17 +171,17 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
+        pad_token_id=end_ids[0],  # any id works, because the mask goes by position
     )
-    sampled = generate_in_pieces(model, sampled_from, config, args.generation_batch_size)
+    sampled = generate_in_pieces(model, sampling_prompts, config, args.generation_batch_size)
     completions = sampled.ids                                                             # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    num_ends = is_end.cumsum(1)                                                           # [N, C]
-    mask = (num_ends == 0) | (is_end & (num_ends == 1))
+    ends_before = is_end.cumsum(1) - is_end.long()                                        # [N, C]
+    mask = ends_before == 0  # up to and including the first end token
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     truncated = ~is_end.any(1)
-    return Rollout(prompts, sampled_from, completions, mask, truncated, texts, sampled.logps,
+    return Rollout(prompts, sampling_prompts, completions, mask, truncated, texts, sampled.logps,
                    sampled.kept_mass)
 
 
@@ -203,8 +208,9 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
 
-    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
-    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1 and the
+    loss of every token is -A. The advantages of a group sum to 0, so the loss is 0 with --loss_type grpo.
+    With the other two it only says which completions are longer. The gradient is -A grad log pi all the same.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
     # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
@@ -220,9 +226,10 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples
                   num_tokens: float) -> Tensor:
     """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
-    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
-    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
+    grpo: 1 / (num_samples |o_i|), a mean over each completion's tokens, then over completions.
+    dapo: 1 / num_tokens. dr_grpo: 1 / (num_samples max_new_tokens). Both numbers count the whole optimizer
+    step, over all processes, so micro-batches add up to the loss of the full batch. Samples without a
+    gradient count, too.
     """
     lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
@@ -242,7 +249,7 @@ def forward_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
     return (guided.exp() * (guided - unguided)).sum(-1)
 
 
-def reverse_kl(guided_logits: Tensor, logits: Tensor) -> Tensor:
+def reverse_kl(logits: Tensor, guided_logits: Tensor) -> Tensor:
     """Return KL(pi(. | q, o_<t) || stopgrad pi(. | q, s, o_<t)) in nats, [m]: an ablation of Eq. 3."""
     guided = guided_logits.detach().log_softmax(-1)
     unguided = logits.log_softmax(-1)
@@ -276,7 +283,10 @@ def adaptive_weight(p_guided: Tensor, p_auto: Tensor, alpha0: float, gamma: floa
 
 
 def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
-    """Return a correct target's advantage among the autonomous rewards [b, G], clipped: ablation of Eq. 6."""
+    """Return a correct target's advantage among the autonomous rewards [b, G], clipped: ablation of Eq. 6.
+
+    The target's reward is taken to be 1, as the math grader's is.
+    """
     target_reward = torch.ones_like(rewards[:, :1])
     advantages = group_advantages(torch.cat([rewards, target_reward], 1))
     return advantages[:, -1].clamp(0, alpha_max)
@@ -295,7 +305,7 @@ def logp_and_entropy(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor, Tensor]:
-    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 behind the end.
+    """Return log pi(token) and the entropy of every completion token, [n, C] each, 0 after the end token.
 
     The transformer runs in bf16 under autocast on fp32 weights; logits and what follows are fp32. Logits of
     all tokens would need M x V floats, so they are made for a chunk of tokens at a time and computed again
@@ -303,7 +313,7 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
     """
     prompts, completions, mask = ro.select(idx)
 
-    def of_chunk(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def of_chunk(head: Fp32Head, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(hidden) / args.temperature                           # [m, V]
         return logp_and_entropy(logits, ids)
 
@@ -313,7 +323,7 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
         head = Fp32Head(model)
         size = head.tokens_per_chunk
         for h, ids in zip(hidden.split(size), completions[mask].split(size)):
-            chunks.append(checkpoint(of_chunk, h, ids, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(checkpoint(of_chunk, head, h, ids, use_reentrant=False, preserve_rng_state=False))
     logps, entropy = zip(*chunks)
     logps = torch.cat(logps)                                               # [M]
     entropy = torch.cat(entropy)                                           # [M]
@@ -322,18 +332,19 @@ def token_logps(model, ro: Rollout, idx: list[int], args: Args) -> tuple[Tensor,
 
 
 def token_kl(model, ro: Rollout, idx: list[int], args: Args) -> Tensor:
-    """Return d_t (Eq. 3) of every completion token, [n, C], 0 behind the end.
+    """Return d_t (Eq. 3) of every completion token, [n, C], 0 after the end token.
 
     The guided and the unguided prompt are followed by the same completion, so its tokens line up.
     """
     prompts, completions, mask = ro.select(idx)
-    guided_prompts = [ro.sampled_from[i] for i in idx]
-    kl = forward_kl if args.distill == "forward_kl" else reverse_kl
+    guided_prompts = [ro.sampling_prompts[i] for i in idx]
 
-    def of_chunk(guided_hidden: Tensor, hidden: Tensor) -> Tensor:
+    def of_chunk(head: Fp32Head, guided_hidden: Tensor, hidden: Tensor) -> Tensor:
         guided_logits = head(guided_hidden) / args.temperature             # [m, V]
         logits = head(hidden) / args.temperature                           # [m, V]
-        return kl(guided_logits, logits)
+        if args.distill == "reverse_kl":
+            return reverse_kl(logits, guided_logits)
+        return forward_kl(guided_logits, logits)
 
     chunks = []
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
@@ -343,7 +354,8 @@ def token_kl(model, ro: Rollout, idx: list[int], args: Args) -> Tensor:
         head = Fp32Head(model)
         size = head.tokens_per_chunk
         for guided, h in zip(guided_hidden.split(size), hidden.split(size)):
-            chunks.append(checkpoint(of_chunk, guided, h, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(checkpoint(of_chunk, head, guided, h, use_reentrant=False,
+                                     preserve_rng_state=False))
     d = torch.cat(chunks)                                                  # [M]
     return d.new_zeros(mask.shape).masked_scatter(mask, d)
 
@@ -356,19 +368,22 @@ class Distillation:
     alpha: Tensor             # [b] weight alpha(q) of its distillation; 0 if no guided sample is correct
 
 
-def weigh_problems(rewards: Tensor, guided_samples: dict[int, list[int]], num_problems: int,
+def weigh_problems(rewards: Tensor, with_strategy: list[int], num_problems: int,
                    args: Args) -> tuple[Distillation, dict[str, float]]:
     """Return the correct guided samples and the weight of every problem, and the metrics of both.
 
-    `rewards` [N] are those of all samples, `guided_samples` maps a problem with a strategy to its guided
-    samples. A reward of 0.5 or more is correct. Problems without a strategy are left out of the metrics.
+    `rewards` [N] are those of all samples: the autonomous ones come first, then the guided ones of the
+    problems `with_strategy`. A reward of 0.5 or more is correct. Problems without a strategy are left out of
+    the metrics.
     """
-    groups = rewards[:num_problems * args.group_size].view(num_problems, args.group_size)  # [b, G]
+    num_auto = num_problems * args.group_size
+    groups = rewards[:num_auto].view(num_problems, args.group_size)        # [b, G]
     correct = [[] for _ in range(num_problems)]
     has_strategy = torch.zeros(num_problems, dtype=torch.bool)
-    for q, samples in guided_samples.items():
+    for k, q in enumerate(with_strategy):
         has_strategy[q] = True
-        correct[q] = [i for i in samples if rewards[i] >= 0.5]
+        first = num_auto + k * args.guided_group_size
+        correct[q] = [i for i in range(first, first + args.guided_group_size) if rewards[i] >= 0.5]
     num_correct = torch.tensor([len(samples) for samples in correct])
     p_guided = num_correct / args.guided_group_size                        # [b]
     p_auto = (groups >= 0.5).float().mean(1)                               # [b]
@@ -393,10 +408,10 @@ def weigh_problems(rewards: Tensor, guided_samples: dict[int, list[int]], num_pr
     return Distillation(correct, alpha), metrics
 
 
-def choose_targets(model, ro: Rollout, distillation: Distillation, problems: list[int],
+def choose_targets(model, ro: Rollout, distillation: Distillation, problem_idx: list[int],
                    args: Args) -> dict[int, list[int]]:
     """Return the samples to distil for each problem with alpha > 0: the reachable one, or all correct."""
-    correct = {q: distillation.correct[q] for q in problems if distillation.alpha[q] > 0}
+    correct = {q: distillation.correct[q] for q in problem_idx if distillation.alpha[q] > 0}
     if args.target == "all":
         return correct
     rivals = []  # a problem with a single correct sample needs no scoring
@@ -406,7 +421,7 @@ def choose_targets(model, ro: Rollout, distillation: Distillation, problems: lis
     sum_logps = torch.zeros(len(ro.mask))                                  # [N]
     with torch.no_grad():
         for idx in microbatches(rivals, ro.lengths(), args.microbatch_tokens):
-            logps, _ = token_logps(model, ro, idx, args)
+            logps, entropy = token_logps(model, ro, idx, args)
             sum_logps[idx] = logps.sum(1).cpu()
     targets = {}
     for q, samples in correct.items():
@@ -418,32 +433,33 @@ def choose_targets(model, ro: Rollout, distillation: Distillation, problems: lis
 
 @torch.no_grad()
 def logps_before_update(model, ro: Rollout, samples: list[int], args: Args) -> Tensor:
-    """Return log pi_old of every completion token, [N, C], 0 for other samples."""
+    """Return log pi_old of every completion token of these samples, [N, C], 0 for all other samples."""
     old_logps = torch.zeros(ro.mask.shape, device=ro.mask.device)
     for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
-        old_logps[idx], _ = token_logps(model, ro, idx, args)
+        logps, entropy = token_logps(model, ro, idx, args)
+        old_logps[idx] = logps
     return old_logps
 
 
-def distil(model, ro: Rollout, distillation: Distillation, problems: list[int], sums: dict[str, float],
-           args: Args) -> list[int]:
+def distil(model, ro: Rollout, distillation: Distillation, problem_idx: list[int],
+           sums: dict[str, float], args: Args) -> list[int]:
     """Accumulate the gradient of alpha(q) L_KD(q), averaged over the update's problems; return the targets.
 
     L_KD is the mean over a target's tokens of the clipped KL (Eq. 2, 5). `sums` collects the metrics.
     """
-    num_problems = sum_over_processes(len(problems))[0]
-    targets = choose_targets(model, ro, distillation, problems, args)
+    num_problems = sum_over_processes(len(problem_idx))[0]
+    targets = choose_targets(model, ro, distillation, problem_idx, args)
     completion_lengths = ro.mask.sum(1).tolist()
     weights = torch.zeros(len(ro.mask), device=ro.mask.device)             # [N] of every token of a target
     for q, samples in targets.items():
         for i in samples:
             weights[i] = distillation.alpha[q] / (num_problems * len(samples) * completion_lengths[i])
     distilled = [i for samples in targets.values() for i in samples]
-    guided_lengths = [len(prompt) + length for prompt, length in zip(ro.sampled_from, completion_lengths)]
-    delta = math.inf if args.distill == "sft" else args.delta  # -log pi is no KL: there is nothing to clip
+    guided_lengths = [len(prompt) + length for prompt, length in zip(ro.sampling_prompts, completion_lengths)]
+    delta = math.inf if args.distill == "sft" else args.delta  # --delta is for a KL
     for idx in accumulate(model, microbatches(distilled, guided_lengths, args.microbatch_tokens)):
         if args.distill == "sft":
-            logps, _ = token_logps(model, ro, idx, args)
+            logps, entropy = token_logps(model, ro, idx, args)
             d = -logps                                                     # [n, C]
         else:
             d = token_kl(model, ro, idx, args)                             # [n, C]
@@ -457,7 +473,10 @@ def distil(model, ro: Rollout, distillation: Distillation, problems: list[int], 
 
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
-    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    """Return the metrics of a rollout's optimizer steps, from sums over all their micro-batches.
+
+    Entropy and clip ratio are means over the samples that were trained on. `grad_norms` has one norm a step.
+    """
     totals = sum_over_processes(*sums.values())
     sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
@@ -470,7 +489,7 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
     if sums["tokens"]:
         metrics["entropy"] = sums["entropy"] / sums["tokens"]
         metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+        metrics["padding_frac"] = 1 - sums["real_tokens"] / sums["padded_tokens"]
         metrics["sampling/sampling_logp_difference/mean"] = sums["sampler_gap"] / sums["tokens"]
     if sums["kl_tokens"]:
         metrics["sgpo/kl"] = sums["kl"] / sums["kl_tokens"]
@@ -489,22 +508,23 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
     num_problems = len(advantages) // args.group_size                      # b
     has_gradient = (advantages != 0).tolist()
     advantages = advantages.to(ro.mask.device)
+    with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
     old_logps = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
         old_logps = logps_before_update(model, ro, with_gradient, args)
-    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "sampler_gap", "real", "padded",
-                          "kl", "kl_clipped", "kl_tokens"), 0.0)
+    names = ("loss", "entropy", "clipped", "tokens", "sampler_gap", "real_tokens", "padded_tokens",
+             "kl", "kl_clipped", "kl_tokens")
+    sums = dict.fromkeys(names, 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
     # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
-    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
-        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
-        num_samples, num_tokens = sum_over_processes(len(samples), ro.mask[samples].sum())
+    for problem_idx in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        idx_of_step = [q * args.group_size + j for q in problem_idx for j in range(args.group_size)]
+        num_samples, num_tokens = sum_over_processes(len(idx_of_step), ro.mask[idx_of_step].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
 
         # 1. GRPO: accumulate the gradient over micro-batches
-        trained = [i for i in samples if has_gradient[i]]
+        trained = [i for i in idx_of_step if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
@@ -520,11 +540,11 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
             sums["tokens"] += mask.sum().item()
             sampler_gap = (old - ro.sampler_logps[idx]).abs()              # [n, C]
             sums["sampler_gap"] += sampler_gap[mask].sum().item()
-            sums["real"] += sum(lengths[i] for i in idx)
-            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+            sums["real_tokens"] += sum(lengths[i] for i in idx)
+            sums["padded_tokens"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
         # 2. SGPO: add the gradient of alpha(q) L_KD(q), averaged over the problems (Eq. 7)
-        distilled = distil(model, ro, distillation, problems.tolist(), sums, args)
+        distilled = distil(model, ro, distillation, problem_idx.tolist(), sums, args)
 
         # 3. clip the gradient and step, unless no sample of any process has a gradient
         if sum_over_processes(len(trained) + len(distilled))[0] > 0:
@@ -539,49 +559,38 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, distillation: Dist
 
 # ---------------------------------------------------------------- main
 
-def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
-    """Return the share of correct answers to the held-out problems, and with the strategy if all have one."""
-    names = ["eval/accuracy"] if problems else []
-    if problems and all("strategy" in problem for problem in problems):
-        names.append("eval/accuracy_guided")
-    metrics = {}
-    for name in names:
-        seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
-        samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
-                                problem["strategy"] if name == "eval/accuracy_guided" else None)
-                   for problem in samples]
-        ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
-        correct = reward(ro.texts, samples) >= 0.5
-        num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
-        metrics[name] = num_correct / num_samples
+def evaluate(model, tokenizer, problems: list[dict], reward, args: Args,
+             guided: bool = False) -> dict[str, float]:
+    """Return the share of correct answers to the held-out problems, with --eval_samples for each."""
+    if not problems:
+        return {}
+    seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
+    repeated = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
+                            problem["strategy"] if guided else None) for problem in repeated]
+    ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
+    correct = reward(ro.texts, repeated) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(repeated))
+    return {"eval/accuracy_guided" if guided else "eval/accuracy": num_correct / num_samples}
+
+
+def evaluate_both(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:
+    """Return held-out accuracy without the strategy and, if every problem has one, with the strategy."""
+    metrics = evaluate(model, tokenizer, problems, reward, args)
+    if all("strategy" in problem for problem in problems):
+        metrics |= evaluate(model, tokenizer, problems, reward, args, guided=True)
     return metrics
 
 
-def add_guided_samples(problems: list[dict], samples: list[dict], prompts: list[list[int]], tokenizer,
-                       args: Args) -> tuple[dict[int, list[int]], list[list[int]]]:
-    """Append the guided samples to `samples` and their prompts WITHOUT the strategy to `prompts`, in place.
-
-    Return the guided samples of each problem that has a strategy, and the prompts to draw all samples from.
-    """
-    sampled_from = list(prompts)
-    guided_samples = {}
-    for q, problem in enumerate(problems):
-        if args.distill == "none" or "strategy" not in problem:
-            continue
-        prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt)
-        guided_prompt = build_prompt(tokenizer, problem["problem"], args.system_prompt, problem["strategy"])
-        first = len(samples)
-        guided_samples[q] = list(range(first, first + args.guided_group_size))
-        samples += [{**problem, "guided": True}] * args.guided_group_size
-        prompts += [prompt] * args.guided_group_size
-        sampled_from += [guided_prompt] * args.guided_group_size
-    return guided_samples, sampled_from
+def positions_with_strategy(problems: list[dict], args: Args) -> list[int]:
+    """Return the positions of the problems that get guided samples."""
+    if args.distill == "none":
+        return []
+    return [q for q, problem in enumerate(problems) if "strategy" in problem]
 
 
-def rollout_metrics(ro: Rollout, groups: Tensor) -> dict[str, float]:
-    """Return the metrics of a step's samples, whose rewards are `groups` [B, G], without guided samples."""
-    num_auto = groups.numel() // world_size()  # they come first
+def rollout_metrics(ro: Rollout, groups: Tensor, num_auto: int) -> dict[str, float]:
+    """Return the metrics of a step's autonomous samples, whose rewards are `groups` [B, G]."""
     mask, truncated = ro.mask[:num_auto], ro.truncated[:num_auto]
     kept_mass = ro.kept_mass[:num_auto][mask]
     num_tokens, num_truncated, mass = sum_over_processes(mask.sum(), truncated.sum(), kept_mass.sum())
@@ -627,45 +636,52 @@ def main() -> None:
     if args.extract_only:
         return
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = run.resume(model, optimizer)              # 0 for a new run
-    step = start
+    step = start                                      # if no step is left to run
     if start == 0 and data.held_out:
-        run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
+        run.log(0, evaluate_both(model, tokenizer, data.held_out, reward, args))
 
     for step in range(start + 1, args.steps + 1):
         # ---- sample problems
         seed_everything(args.seed, "step", step)
         problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
-        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
-        num_auto = len(samples)
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
-        guided_samples, sampled_from = add_guided_samples(problems, samples, prompts, tokenizer, args)
+        repeated = [problem for problem in problems for _ in range(args.group_size)]               # b G
+        num_auto = len(repeated)
+        with_strategy = positions_with_strategy(problems, args)
+        guided = [{**problems[q], "guided": True}
+                  for q in with_strategy for _ in range(args.guided_group_size)]
+        repeated += guided                                                                         # N
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in repeated]
+        guided_prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt, problem["strategy"])
+                          for problem in guided]
+        sampling_prompts = prompts[:num_auto] + guided_prompts                                     # N
 
         # ---- rollout
         rollout_start = time.perf_counter()
-        ro = rollout(model, tokenizer, prompts, args.temperature, args, sampled_from)
+        ro = rollout(model, tokenizer, prompts, args.temperature, args, sampling_prompts)
         rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, samples)                                           # [N]
+        rewards = reward(ro.texts, repeated)                                          # [N]
         groups = gather(rewards[:num_auto].view(len(problems), args.group_size))      # [B, G], all processes
         advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
         advantages = my_share(advantages).flatten()                                   # [b G]
         if not args.autonomous_grpo:
             advantages = torch.zeros_like(advantages)
-        distillation, guided_metrics = weigh_problems(rewards, guided_samples, len(problems), args)
+        distillation, guided_metrics = weigh_problems(rewards, with_strategy, len(problems), args)
 
         # ---- update
         train_start = time.perf_counter()
         lr = learning_rate(step, args.lr, args.lr_schedule, args.lr_warmup_steps, args.steps)
         optimizer.param_groups[0]["lr"] = lr
-        metrics = update(model, optimizer, ro, advantages, distillation, args) | guided_metrics
+        metrics = update(model, optimizer, ro, advantages, distillation, args)
         train_end = time.perf_counter()
 
         # ---- log, evaluate, save
-        metrics |= rollout_metrics(ro, groups)
+        metrics |= rollout_metrics(ro, groups, num_auto)
+        metrics |= guided_metrics
         metrics |= {
             "lr": lr,
             "time/rollout_s": rollout_end - rollout_start,
@@ -675,8 +691,8 @@ def main() -> None:
         }
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:
-            metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
-        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+            metrics |= evaluate_both(model, tokenizer, data.held_out, reward, args)
+        run.log(step, metrics, repeated, rewards.tolist(), ro.texts)
         if args.save_every and step % args.save_every == 0:
             run.save(step, model, optimizer)
         if run.should_stop():
@@ -726,7 +742,7 @@ Answer:
 
 {strategies}"""
 
-COPIED_FORM = "the kind of problem, as precisely as"  # of EXTRACTION_PROMPT: some models repeat the form
+COPIED_FORM = "the kind of problem, as precisely as"  # an answer with these words copied the form
 PROBLEMS_AT_ONCE = 32   # per process, between two writes of the strategies file
 REQUESTS_AT_ONCE = 16   # to an endpoint
 ENDPOINT_RETRIES = 5
@@ -758,7 +774,7 @@ def check_strategist(args: Args) -> None:
         except ImportError:
             refuse("--strategist: an endpoint needs the openai package: pip install openai")
     if args.strategies and Path(args.strategies).is_dir():
-        refuse(f"--strategies {args.strategies}: is a folder; name a file in it")
+        refuse(f"--strategies {args.strategies}: this is a folder; name a file in it")
     if args.strategies and not Path(args.strategies).absolute().parent.is_dir():
         refuse(f"--strategies {args.strategies}: there is no such folder")
 
@@ -769,7 +785,7 @@ def is_endpoint(args: Args) -> bool:
 
 def attach_strategies(train: list[dict], held_out: list[dict], path: Path, tokenizer, args: Args) -> None:
     """Attach the file's strategies to the training problems, and drop those that make a prompt too long."""
-    strategies = from_first_process(lambda: read_strategies(path))  # it writes the file
+    strategies = from_first_process(lambda: read_strategies(path))  # as only it writes the file
     for problem in train:
         strategy = strategies.get(problem["problem"])
         if strategy and "strategy" not in problem:
@@ -797,7 +813,8 @@ def check_strategies(train: list[dict], missing: list[dict], args: Args) -> None
     without = sum("strategy" not in problem for problem in train) - len(missing)
     if without == len(train):
         refuse("none of the problems has a strategy: add strategies or solutions to the rows, name a "
-               "stronger --strategist or a file with --strategies, or train without by --distill none")
+               "stronger --strategist or a file with --strategies, or train without strategies "
+               "(--distill none)")
     if without:
         print(f"{without} of {len(train)} problems have no strategy: they are trained by GRPO alone")
 
@@ -892,7 +909,7 @@ def judge(answer: str | None, problem: dict, tokenizer, args: Args) -> dict:
     return candidate
 
 
-# Words behind which a strategy states a value: "the answer is exactly 4", "this leaves 4", "x = 4".
+# Words after which a strategy states a value: "the answer is exactly 4", "this leaves 4", "x = 4".
 ANNOUNCEMENT = re.compile(
     r"\b(?:answers?|results?|is|are|be|equals?|becomes?|leav(?:es?|ing)|gets?|gives?|yields?|obtains?|finds?|"
     r"remains?|boxed)(?: (?:exactly|only|just|be|to|the|value))*[ :(]*$|= *$", re.IGNORECASE)
@@ -916,7 +933,7 @@ def gives_away(strategy: str, answer: str, problem: str = "") -> bool:
     """Return True if the strategy contains the answer as a whole number, word or formula.
 
     A single digit or letter, or an answer that the problem contains as well, must be announced ("the answer
-    is", "this leaves"). In the last line a digit counts anyway, unless it numbers or counts something.
+    is", "this leaves"). In the last line a digit is the answer unless it numbers or counts something.
     """
     core = plain_text(answer).strip()
     text = plain_text(strategy)
@@ -983,7 +1000,8 @@ def endpoint(args: Args) -> Ask:
     """Return a function that asks the model behind an OpenAI-compatible address.
 
     The openai package retries by itself. A prompt without an answer costs only its candidate. If no prompt of
-    a batch gets an answer, the program ends with the last error.
+    a batch gets an answer, the program ends with the last error. A batch of fewer prompts than a problem has
+    candidates asks for scores, and may fail by chance.
     """
     import openai
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
@@ -1012,8 +1030,8 @@ def endpoint(args: Args) -> Ask:
             reason = errors[-1]
             if key != "none":
                 reason = reason.replace(key, "***")  # servers repeat the key they refuse
-            refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests; the last one: "
-                   f"{reason}; strategies found so far are kept: --resume asks for the rest, "
+            refuse(f"--strategist {args.strategist}: no answer to {len(prompts)} requests, last error: "
+                   f"{reason}. The strategies found so far are saved. --resume asks for the rest; "
                    "--strategist none trains without them")
         return answers
 

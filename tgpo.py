@@ -11,7 +11,7 @@ are that paper's, so its GRPO row is `tgpo.py --guidance none`):
     python tgpo.py                                     # the built-in demo: CPU, offline, a minute
     python tgpo.py --model Qwen/Qwen2.5-Math-1.5B --teacher Qwen/Qwen3-30B-A3B-Thinking-2507
 
-Read grpo_baseline.py first, then the diff of the two.
+Read grpo_baseline.py first, then `diff grpo_baseline.py tgpo.py`.
 """
 import math
 import time
@@ -61,8 +61,8 @@ from common import (
 )
 
 # Letters: B problems of a step (b of them in this process), G samples per problem, N samples of this process
-# (n of them in a micro-batch), C tokens of the longest completion, M completion tokens
-# of a micro-batch (m of them in a chunk), d hidden size, V vocabulary.
+# (n of them in a micro-batch), C length of the longest completion, M completion tokens of a micro-batch
+# (m of them in a chunk), d hidden size, V vocabulary.
 
 
 # ---------------------------------------------------------------- flags
@@ -75,42 +75,49 @@ class Args(RunFlags):
     steps: int = flag(300, "training steps, each with one rollout; 0: only the SFT warm-up", "[0, inf)")
     prompts_per_step: int = flag(16, "problems per step", "[1, inf)")
     group_size: int = flag(8, "samples per problem", "[2, inf)")
-    max_new_tokens: int = flag(2048, "longest completion, in tokens", "[1, inf)")
+    max_new_tokens: int = flag(2048, "maximum completion length in tokens", "[1, inf)")
     temperature: float = flag(1.0, "sampling temperature; also applied to the logits in the loss", "(0, inf)")
-    top_p: float = flag(1.0, "nucleus sampling: likeliest tokens with this total probability", "(0, 1]")
+    top_p: float = flag(1.0, "sample only from the likeliest tokens that together have this probability",
+                        "(0, 1]")
     # objective
-    clip_low: float = flag(0.2, "lower bound of the clipped ratio pi/pi_old: 1 minus this", "[0, inf]")
-    clip_high: float = flag(0.2, "upper bound of the clipped ratio pi/pi_old: 1 plus this", "[0, inf]")
+    clip_low: float = flag(0.2, "clip the ratio pi/pi_old below 1 minus this", "[0, inf]")
+    clip_high: float = flag(0.2, "clip the ratio pi/pi_old above 1 plus this", "[0, inf]")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = flag(
         "dapo", "grpo: mean over each completion, then over completions; dapo: mean over all tokens; "
                 "dr_grpo: divide by max_new_tokens")
     scale_rewards: Literal["group", "batch", "none"] = flag(
-        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing")
+        "group", "divide advantages by the std of the group's rewards, of all rewards, or by nothing "
+                 "(as in Dr. GRPO)")
     entropy_bonus: float = flag(0.0, "weight of the entropy that is added to the objective", "[0, inf)")
     # teacher
     teacher: str = flag(None, "hub id or local directory of the teacher; with the demo model: demo, or "
                               "demo-same-style, which writes as the student does")
     guidance: Literal["tgpo", "tgpo-sampled", "tgpo-topk", "tgpo-adv", "tgpo-adv-matched", "rkl", "kdrl",
-                      "reverse-kl", "none"] = flag("tgpo", "what is learnt from the teacher; none: GRPO")
-    coefficient: float = flag(None, "weight of the guidance at step 1 (default: the paper's)", "[0, inf)")
+                      "reverse-kl", "none"] = flag(
+        "tgpo", "what is learnt from the teacher. tgpo: its likeliest token; tgpo-sampled: a token drawn "
+                "from it; tgpo-topk: forward KL on its k likeliest tokens; tgpo-adv, tgpo-adv-matched: a "
+                "bonus on the advantage; rkl: its log-ratio as the advantage; kdrl: squared log-ratio; "
+                "reverse-kl: exact reverse KL; none: nothing, which is GRPO")
+    coefficient: float = flag(None, "weight of the guidance at step 1 (default: the paper's, 0.002 for tgpo)",
+                              "[0, inf)")
     coefficient_fall: float = flag(None, "decrease of that weight per step, down to 0 (default: the paper's)",
                                    "[0, inf)")
     reward_weight: float = flag(None, "weight of the reward's advantage (default: the paper's)", "[0, inf)")
-    topk: int = flag(None, "compare the teacher's k likeliest tokens (default: 20 with tgpo-topk, the whole "
-                           "vocabulary with reverse-kl)", "[1, inf)")
+    topk: int = flag(None, "compare only the teacher's k likeliest tokens (default: 20 with tgpo-topk, all "
+                           "tokens with reverse-kl)", "[1, inf)")
     teacher_device: str = flag(None, "device of the teacher, such as cuda:1 (default: that of the student)")
     teacher_offload: bool = flag(False, "keep the teacher in CPU memory while it is not reading")
     # update
     lr: float = flag(1e-6, "learning rate of AdamW", "[0, inf)")
     lr_schedule: Literal["constant", "linear", "cosine"] = flag("constant", "learning rate after its warm-up")
-    lr_warmup_steps: int = flag(0, "steps in which the learning rate rises to --lr", "[0, inf)")
+    lr_warmup_steps: int = flag(0, "steps over which the learning rate rises to --lr", "[0, inf)")
     weight_decay: float = flag(0.01, "weight decay of AdamW", "[0, inf)")
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm", "(0, inf)")
     updates_per_rollout: int = flag(1, "optimizer steps per rollout, each on a slice of it", "[1, inf)")
 
 
 def check_args(args: Args) -> None:
-    """Fill in the paper's constants of the method, and refuse values that do not fit together."""
+    """Fill in the method's constants from the paper, and refuse values that do not fit together."""
     method = METHODS[args.guidance]
     if args.coefficient is None:
         args.coefficient = method.coefficient
@@ -147,7 +154,7 @@ class Rollout:
         return [self.prompts[i] for i in idx], self.completions[idx], self.mask[idx]
 
     def lengths(self) -> list[int]:
-        """Return the tokens of every sample, prompt and completion together."""
+        """Return the number of tokens of every sample, prompt and completion together."""
         completion_lengths = self.mask.sum(1).tolist()
         return [len(prompt) + length for prompt, length in zip(self.prompts, completion_lengths)]
 
@@ -162,13 +169,13 @@ def rollout(model, tokenizer, prompts: list[list[int]], temperature: float, args
         top_k=0,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=end_ids,
-        pad_token_id=end_ids[0],  # padding never counts: the mask below ends at the first end token
+        pad_token_id=end_ids[0],  # any id works, because the mask goes by position
     )
     sampled = generate_in_pieces(model, prompts, config, args.generation_batch_size)
     completions = sampled.ids                                                             # [N, C]
     is_end = torch.isin(completions, torch.tensor(end_ids, device=completions.device))    # [N, C]
-    num_ends = is_end.cumsum(1)                                                           # [N, C]
-    mask = (num_ends == 0) | (is_end & (num_ends == 1))
+    ends_before = is_end.cumsum(1) - is_end.long()                                        # [N, C]
+    mask = ends_before == 0  # up to and including the first end token
     written = mask & ~is_end
     texts = [tokenizer.decode(ids[kept]) for ids, kept in zip(completions, written)]
     truncated = ~is_end.any(1)
@@ -198,8 +205,9 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tens
 
     rho is the ratio pi / pi_old. Advantages are [n], or [n, C] if every token has its own.
 
-    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1, and the
-    advantages of a group sum to 0. The value tells you nothing; the gradient is still A grad log pi.
+    "Why is my ratio 1 and my loss 0?" On the first update after a rollout pi is pi_old, so rho is 1 and the
+    loss of every token is -A. The advantages of a group sum to 0, so the loss is 0 with --loss_type grpo.
+    With the other two it only says which completions are longer. The gradient is -A grad log pi all the same.
     """
     A = advantages if advantages.ndim == 2 else advantages[:, None]        # [n, C] or [n, 1]
     # We mask before `exp`: an overflow at a padding position would turn the whole gradient into NaN.
@@ -215,9 +223,10 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples
                   num_tokens: float) -> Tensor:
     """Return the weight of every token in the loss, one value per completion, [N].
 
-    grpo: 1 / (N |o_i|), a mean over each completion's tokens, then over completions. dapo: 1 / (all tokens).
-    dr_grpo: 1 / (N max_new_tokens). N and the tokens are those of the whole update, over all processes, so
-    micro-batches add up to the loss of the full batch. Samples without a gradient count, too.
+    grpo: 1 / (num_samples |o_i|), a mean over each completion's tokens, then over completions.
+    dapo: 1 / num_tokens. dr_grpo: 1 / (num_samples max_new_tokens). Both numbers count the whole optimizer
+    step, over all processes, so micro-batches add up to the loss of the full batch. Samples without a
+    gradient count, too.
     """
     lengths = mask.sum(1).float()                                          # [N]
     if loss_type == "grpo":
@@ -228,8 +237,8 @@ def token_weights(mask: Tensor, loss_type: str, max_new_tokens: int, num_samples
 
 
 def coefficient(step: int, start: float, fall: float) -> float:
-    """Return lambda_k = max(start - fall (k - 1), 0) at the 1-based step k; the paper's is 0 from 201 on."""
-    return max(round(start - fall * (step - 1), 12), 0.0)  # rounded: 0.002 - 200 x 1e-5 must be 0
+    """Return lambda_k = max(start - fall (k - 1), 0) at step k = 1, 2, ... The paper's is 0 from 201 on."""
+    return max(round(start - fall * (step - 1), 12), 0.0)  # rounded, because 0.9 - 3 * 0.3 is 1e-16
 
 
 def chosen_logps(logits: Tensor, ids: Tensor) -> Tensor:
@@ -295,11 +304,11 @@ def entropy_with_gradient(logits: Tensor) -> Tensor:
 @dataclass
 class Advice:
     """What the teacher says about every token of a rollout, [N, C] each."""
-    labels: Tensor      # its token (argmax, or drawn) as a student's id; -1 if the student has no such token
+    labels: Tensor      # the teacher's token (argmax, or drawn) as a student's id; -1 if the student lacks it
     logps: Tensor       # log pi_T(a) of the student's token, over the shared ids
-    agrees: Tensor      # True if its argmax is the student's token
-    top_ids: Tensor     # [N, C, k] its likeliest shared ids; k is 0 without --topk
-    top_logits: Tensor  # [N, C, k]
+    agrees: Tensor      # True if the teacher's argmax is the student's token
+    top_ids: Tensor     # [N, C, k] the teacher's likeliest shared ids; k is 0 without --topk
+    top_logits: Tensor  # [N, C, k] and their logits
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Advice":
         """Return the advice with a function applied to every tensor, for example a selection."""
@@ -308,7 +317,7 @@ class Advice:
 
 @dataclass
 class Scores:
-    """What the student's distribution gives for every completion token, [n, C] each, 0 behind the end."""
+    """What the student says about every completion token, [n, C] each, 0 after the end token."""
     logps: Tensor         # log pi(a) over the full vocabulary
     entropy: Tensor       # in nats
     shared_logps: Tensor  # log pi(a) over the ids that both tokenizers have
@@ -340,6 +349,7 @@ class Method:
     uses_labels: bool = False    # tokens whose label the student's tokenizer lacks are left out
     uses_logps: bool = False     # tokens that the teacher's tokenizer lacks are left out
     draws_labels: bool = False   # the label is drawn from the teacher, not its argmax
+    compares_all: bool = False   # without --topk the loss needs the teacher's logits of all shared ids
 
 
 def reverse_kl_of(c: Chunk) -> Tensor:
@@ -354,10 +364,14 @@ def matched_label_bonus(old: Scores, advice: Advice, ids: Tensor) -> Tensor:
     return label_bonus(old.label_logps) * (advice.labels == ids)
 
 
-LABEL_LOSS = {"loss": lambda c: label_loss(c.label_logps), "uses_labels": True}
-METHODS = {
-    "tgpo": Method(0.002, 1e-5, 1.0, **LABEL_LOSS),
-    "tgpo-sampled": Method(0.002, 1e-5, 1.0, **LABEL_LOSS, draws_labels=True),
+def label_loss_of(c: Chunk) -> Tensor:
+    """Return TGPO's loss."""
+    return label_loss(c.label_logps)
+
+
+METHODS = {  # name: Method(coefficient, fall, reward weight, ...)
+    "tgpo": Method(0.002, 1e-5, 1.0, loss=label_loss_of, uses_labels=True),
+    "tgpo-sampled": Method(0.002, 1e-5, 1.0, loss=label_loss_of, uses_labels=True, draws_labels=True),
     "tgpo-topk": Method(0.002, 1e-5, 1.0,
                         loss=lambda c: topk_forward_kl(c.logits, c.advice.top_ids, c.advice.top_logits)),
     "tgpo-adv": Method(0.02, 1e-4, 1.0, uses_labels=True,
@@ -366,7 +380,7 @@ METHODS = {
     "rkl": Method(1.0, 0.0, 0.0, uses_logps=True,
                   bonus=lambda old, advice, ids: rkl_advantages(old.shared_logps, advice.logps)),
     "kdrl": Method(0.002, 0.0, 1.0, uses_logps=True, loss=lambda c: k2(c.logps, c.advice.logps)),
-    "reverse-kl": Method(1.0, 0.0, 0.0, loss=reverse_kl_of),
+    "reverse-kl": Method(1.0, 0.0, 0.0, loss=reverse_kl_of, compares_all=True),
     "none": Method(0.0, 0.0, 1.0),
 }
 
@@ -380,7 +394,7 @@ class Teacher:
     def __init__(self, args: Args, tokenizer, teacher_tokenizer, student_ends: list[int]):
         self.args = args
         self.device = torch.device(args.teacher_device or DEVICE)
-        self.is_offloaded = args.teacher_offload and world_size() == 1
+        self.offloads = args.teacher_offload and world_size() == 1
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         if world_size() > 1:
             self.model = load_by_first_process(args.teacher, "--teacher", dtype)
@@ -401,7 +415,7 @@ class Teacher:
 
         Token ids that the teacher does not have are replaced by 0.
         """
-        if self.is_offloaded:
+        if self.offloads:
             self.model.to(self.device)
         prompts, completions, mask = ro.select(idx)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -464,7 +478,7 @@ class Teacher:
 
     def offload(self) -> None:
         """Move the teacher back to CPU memory if --teacher_offload is set."""
-        if self.is_offloaded:
+        if self.offloads:
             self.model.to("cpu")
 
 
@@ -516,9 +530,10 @@ def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, ad
     in the backward pass. They cover the full vocabulary even if --top_p truncates sampling.
     """
     prompts, completions, mask = ro.select(idx)
-    compares_all = method.loss is reverse_kl_of and not args.topk
+    compares_all = method.compares_all and not args.topk
 
-    def of_chunk(hidden: Tensor, ids: Tensor, advice: Advice | None, teacher_hidden: Tensor | None) -> Scores:
+    def of_chunk(head: Fp32Head, hidden: Tensor, ids: Tensor, advice: Advice | None,
+                 teacher_hidden: Tensor | None) -> Scores:
         logits = head(hidden) / args.temperature                           # [m, V]
         logps, entropy = logp_and_entropy(logits, ids)
         if args.entropy_bonus:
@@ -539,22 +554,21 @@ def token_scores(model, ro: Rollout, idx: list[int], teacher: Teacher | None, ad
         return Scores(logps, entropy, shared_logps, label_logps, method.loss(chunk))
 
     chunks = []
-    teacher_hidden = teacher.hidden(ro, idx) if compares_all else None     # [M, d]
-    if advice is not None:
-        advice = advice.apply(lambda x: x[idx][mask])                      # [M]
+    batch_advice = None if advice is None else advice.apply(lambda x: x[idx][mask])  # [M]
     with torch.autocast(mask.device.type, torch.bfloat16, enabled=args.bf16):
+        teacher_hidden = teacher.hidden(ro, idx) if compares_all else None  # [M, d]
         hidden = completion_hidden(model, prompts, completions, mask)      # [M, d]
         head = Fp32Head(model)
         targets = completions[mask]                                        # [M]
         size = head.tokens_per_chunk
-        for start in range(0, max(len(hidden), 1), size):
+        for start in range(0, max(len(hidden), 1), size):  # an empty micro-batch is one empty chunk
             part = slice(start, start + size)
-            told = None if advice is None else advice.apply(lambda x: x[part])
-            theirs = teacher_hidden[part] if compares_all else None
-            chunks.append(checkpoint(of_chunk, hidden[part], targets[part], told, theirs,
-                                     use_reentrant=False, preserve_rng_state=False))
+            chunk_advice = None if batch_advice is None else batch_advice.apply(lambda x: x[part])
+            chunk_teacher_hidden = teacher_hidden[part] if compares_all else None
+            chunks.append(checkpoint(of_chunk, head, hidden[part], targets[part], chunk_advice,
+                                     chunk_teacher_hidden, use_reentrant=False, preserve_rng_state=False))
     scores = {}
-    for name in Scores.__dataclass_fields__:
+    for name in vars(chunks[0]):
         values = torch.cat([getattr(chunk, name) for chunk in chunks])     # [M]
         scores[name] = values.new_zeros(mask.shape).masked_scatter(mask, values)
     return Scores(**scores)
@@ -581,19 +595,22 @@ def divergence(scores: Scores, advice: Advice, ids: Tensor, mask: Tensor,
 
 @torch.no_grad()
 def scores_before_update(model, ro: Rollout, samples: list[int], teacher: Teacher | None,
-                         advice: Advice | None, method: Method, args: Args) -> Scores:
-    """Return the scores of pi_old for every completion token, [N, C], 0 for other samples."""
-    names = Scores.__dataclass_fields__
-    old = Scores(**{name: torch.zeros(ro.mask.shape, device=ro.mask.device) for name in names})
+                         advice: Advice | None, args: Args) -> Scores:
+    """Return the scores of pi_old for every completion token, [N, C], 0 for all other samples."""
+    zeros = torch.zeros(ro.mask.shape, device=ro.mask.device)
+    old = Scores(zeros, zeros, zeros, zeros, zeros).apply(Tensor.clone)
     for idx in microbatches(samples, ro.lengths(), args.microbatch_tokens):
-        scores = token_scores(model, ro, idx, teacher, advice, method, args)
-        for name in names:
-            getattr(old, name)[idx] = getattr(scores, name)
+        scores = token_scores(model, ro, idx, teacher, advice, METHODS["none"], args)  # needs no guide_loss
+        for name, values in vars(scores).items():
+            getattr(old, name)[idx] = values
     return old
 
 
 def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str, float]:
-    """Return an update's metrics from its sums over micro-batches and the gradient norms of all its steps."""
+    """Return the metrics of a rollout's optimizer steps, from sums over all their micro-batches.
+
+    Entropy and clip ratio are means over the samples that were trained on. `grad_norms` has one norm a step.
+    """
     totals = sum_over_processes(*sums.values())
     sums = dict(zip(sums, totals))
     finite_norms = [norm for norm in grad_norms if math.isfinite(norm)]
@@ -606,7 +623,7 @@ def update_metrics(sums: dict[str, float], grad_norms: list[float]) -> dict[str,
     if sums["tokens"]:
         metrics["entropy"] = sums["entropy"] / sums["tokens"]
         metrics["clip_ratio"] = sums["clipped"] / sums["tokens"]
-        metrics["padding_frac"] = 1 - sums["real"] / sums["padded"]
+        metrics["padding_frac"] = 1 - sums["real_tokens"] / sums["padded_tokens"]
         metrics["sampling/sampling_logp_difference/mean"] = sums["sampler_gap"] / sums["tokens"]
     if sums["known"]:
         metrics["tgpo/teacher_nll"] = sums["teacher_nll"] / sums["known"]
@@ -620,18 +637,19 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
            args: Args) -> dict[str, float]:
     """Run the optimizer steps of one rollout and return the metrics. Advantages are [b G], one per sample.
 
-    Skip samples with advantage 0 if `coef`, the guidance's weight, is 0. They count in the loss denominator.
+    Skip samples with advantage 0 if there is neither guidance (its weight `coef` is 0) nor an entropy bonus.
+    They have no gradient, but they count in the loss denominator.
     """
     method = METHODS[args.guidance] if coef else METHODS["none"]
     advantages = advantages * args.reward_weight
     lengths = ro.lengths()
     num_problems = len(advantages) // args.group_size                      # b
     has_gradient = (advantages != 0).tolist()
-    if method is not METHODS["none"] or args.entropy_bonus:
+    if method.loss or method.bonus or args.entropy_bonus:
         has_gradient = [True] * len(advantages)
     advantages = advantages.to(ro.mask.device)
-    all_trained = [i for i, trains in enumerate(has_gradient) if trains]
-    advice = teacher.read(ro, all_trained) if teacher else None
+    with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
+    advice = teacher.read(ro, with_gradient) if teacher else None  # without guidance only for the metrics
     advised_mask = ro.mask  # [N, C] tokens on which the method has advice
     if method.uses_labels:
         advised_mask = advised_mask & (advice.labels >= 0)
@@ -639,23 +657,23 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
         advised_mask = advised_mask & (ro.completions < teacher.num_shared)
     old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
-        old_scores = scores_before_update(model, ro, all_trained, teacher, advice, method, args)
-
-    sums = dict.fromkeys(("loss", "entropy", "clipped", "tokens", "sampler_gap", "real", "padded",
-                          "known", "teacher_nll", "k1", "mismatch", "dropped"), 0.0)
+        old_scores = scores_before_update(model, ro, with_gradient, teacher, advice, args)
+    names = ("loss", "entropy", "clipped", "tokens", "sampler_gap", "real_tokens", "padded_tokens",
+             "known", "teacher_nll", "k1", "mismatch", "dropped")
+    sums = dict.fromkeys(names, 0.0)
     grad_norms = []
     model.train()  # for activation checkpointing; there is no dropout
     # Update k always uses the k-th slice of the step's problems, no matter how many processes there are.
-    for problems in np.array_split(np.arange(num_problems), args.updates_per_rollout):
-        samples = [q * args.group_size + j for q in problems for j in range(args.group_size)]
+    for problem_idx in np.array_split(np.arange(num_problems), args.updates_per_rollout):
+        idx_of_step = [q * args.group_size + j for q in problem_idx for j in range(args.group_size)]
         num_samples, num_tokens, num_advised = sum_over_processes(
-            len(samples), ro.mask[samples].sum(), advised_mask[samples].sum())
+            len(idx_of_step), ro.mask[idx_of_step].sum(), advised_mask[idx_of_step].sum())
         weights = token_weights(ro.mask, args.loss_type, args.max_new_tokens, num_samples, num_tokens)  # [N]
         advised_weights = token_weights(advised_mask, args.loss_type, args.max_new_tokens, num_samples,
                                         num_advised)
 
         # 1. GRPO + guidance: accumulate the gradient over micro-batches
-        trained = [i for i in samples if has_gradient[i]]
+        trained = [i for i in idx_of_step if has_gradient[i]]
         # All processes run equally many micro-batches, so the last ones may be empty.
         for idx in accumulate(model, microbatches(trained, lengths, args.microbatch_tokens)):
             mask = ro.mask[idx]                                            # [n, C]
@@ -665,10 +683,10 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
                 old = scores.apply(Tensor.detach)
             else:
                 old = old_scores.apply(lambda x: x[idx])
-            told = None if advice is None else advice.apply(lambda x: x[idx])  # [n, C]
+            batch_advice = None if advice is None else advice.apply(lambda x: x[idx])  # [n, C]
             A = advantages[idx]                                            # [n]
             if method.bonus:
-                A = A[:, None] + coef * advised_mask[idx] * method.bonus(old, told, ids)  # [n, C]
+                A = A[:, None] + coef * advised_mask[idx] * method.bonus(old, batch_advice, ids)  # [n, C]
             loss_per_token, clipped = policy_loss(scores.logps, old.logps, A, mask, args.clip_low,
                                                   args.clip_high)
             loss_per_token = loss_per_token - args.entropy_bonus * scores.entropy
@@ -678,7 +696,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
                 loss = loss + coef * (guide_loss * advised_weights[idx, None]).sum()
             loss.backward()
             if teacher:
-                for name, value in divergence(old, told, ids, mask, teacher).items():
+                for name, value in divergence(old, batch_advice, ids, mask, teacher).items():
                     sums[name] += value
             sums["loss"] += loss.item()
             sums["entropy"] += scores.entropy.sum().item()
@@ -686,8 +704,8 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
             sums["tokens"] += mask.sum().item()
             sampler_gap = (old.logps - ro.sampler_logps[idx]).abs()        # [n, C]
             sums["sampler_gap"] += sampler_gap[mask].sum().item()
-            sums["real"] += sum(lengths[i] for i in idx)
-            sums["padded"] += len(idx) * max((lengths[i] for i in idx), default=0)
+            sums["real_tokens"] += sum(lengths[i] for i in idx)
+            sums["padded_tokens"] += len(idx) * max((lengths[i] for i in idx), default=0)
 
         # 2. clip the gradient and step, unless no sample of any process has a gradient
         if sum_over_processes(len(trained))[0] > 0:
@@ -709,11 +727,11 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args) -> dict
     if not problems:
         return {}
     seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
-    samples = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
-    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+    repeated = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
+    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in repeated]
     ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
-    correct = reward(ro.texts, samples) >= 0.5
-    num_correct, num_samples = sum_over_processes(correct.sum(), len(samples))
+    correct = reward(ro.texts, repeated) >= 0.5
+    num_correct, num_samples = sum_over_processes(correct.sum(), len(repeated))
     return {"eval/accuracy": num_correct / num_samples}
 
 
@@ -739,10 +757,10 @@ def main() -> None:
     run = Run(args)                                   # checks the directory, writes nothing yet
     reward = load_reward(args.reward)
     tokenizer = load_tokenizer(args.model)
-    teacher_tokenizer = load_tokenizer(args.teacher, "--teacher") if args.teacher else tokenizer
-    check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
     data = load_data(args, tokenizer, reward)
     if args.teacher:
+        teacher_tokenizer = load_tokenizer(args.teacher, "--teacher")
+        check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
         check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.warmup + data.held_out)
     memory = choose_memory(args)                      # may switch on checkpointing and offload
     run.print_plan(data, memory, f"{args.group_size}")
@@ -754,10 +772,10 @@ def main() -> None:
         teacher = Teacher(args, tokenizer, teacher_tokenizer, stop_ids(model, tokenizer))
     run.create(data)
     sft_warmup(model, tokenizer, data.warmup, run, args)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     start = run.resume(model, optimizer)              # 0 for a new run
-    step = start
+    step = start                                      # if no step is left to run
     if start == 0 and data.held_out:
         run.log(0, evaluate(model, tokenizer, data.held_out, reward, args))
 
@@ -765,8 +783,8 @@ def main() -> None:
         # ---- sample problems
         seed_everything(args.seed, "step", step)
         problems = my_share(problems_of_step(data.train, step, args.prompts_per_step, args.seed))  # b of B
-        samples = [problem for problem in problems for _ in range(args.group_size)]                # b G
-        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in samples]
+        repeated = [problem for problem in problems for _ in range(args.group_size)]               # b G
+        prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt) for problem in repeated]
 
         # ---- rollout
         rollout_start = time.perf_counter()
@@ -774,7 +792,7 @@ def main() -> None:
         rollout_end = time.perf_counter()
 
         # ---- rewards and advantages
-        rewards = reward(ro.texts, samples)                                           # [N]
+        rewards = reward(ro.texts, repeated)                                          # [N]
         groups = gather(rewards.view(len(problems), args.group_size))                 # [B, G], all processes
         advantages = group_advantages(groups, args.scale_rewards)                     # [B, G]
         advantages = my_share(advantages).flatten()                                   # [b G]
@@ -800,7 +818,7 @@ def main() -> None:
         is_due = args.eval_every and step % args.eval_every == 0
         if is_due or step == args.steps:
             metrics |= evaluate(model, tokenizer, data.held_out, reward, args)
-        run.log(step, metrics, samples, rewards.tolist(), ro.texts)
+        run.log(step, metrics, repeated, rewards.tolist(), ro.texts)
         if args.save_every and step % args.save_every == 0:
             run.save(step, model, optimizer)
         if run.should_stop():

@@ -149,7 +149,7 @@ def test_log_probs_and_entropy():
 
 def test_the_direction_of_the_kl():
     forward = sgpo.forward_kl(P_LOGITS, Q_LOGITS)
-    reverse = sgpo.reverse_kl(P_LOGITS, Q_LOGITS)
+    reverse = sgpo.reverse_kl(Q_LOGITS, P_LOGITS)
     assert KL_P_Q.tolist() == approx([0.678, 0.0], abs=1e-3)
     assert KL_Q_P.tolist() == approx([0.743, 0.0], abs=1e-3)
     assert is_close(forward, KL_P_Q)
@@ -161,7 +161,10 @@ def test_gradient_of_the_forward_kl():
     assert is_close(gradient, Q - P)
 
 
-@pytest.mark.parametrize("kl", [sgpo.forward_kl, sgpo.reverse_kl])
+@pytest.mark.parametrize("kl", [
+    sgpo.forward_kl,
+    lambda guided_logits, logits: sgpo.reverse_kl(logits, guided_logits),
+])
 def test_the_guided_side_has_no_gradient_through_a_shared_head(kl):
     """The guided hidden states are P, the others Q."""
     head = torch.eye(3, dtype=torch.float64)
@@ -222,9 +225,8 @@ def test_weigh_problems(flags, alpha):
         0, 0.4,      # of problem 2
         0, 1,        # of problem 3
     ])
-    guided_samples = {0: [16, 17], 2: [18, 19], 3: [20, 21]}
     args = sgpo.Args(group_size=4, guided_group_size=2, **flags)
-    guidance, metrics = sgpo.weigh_problems(rewards, guided_samples, 4, args)
+    guidance, metrics = sgpo.weigh_problems(rewards, [0, 2, 3], 4, args)
     assert guidance.correct == [[16, 17], [], [], [21]]
     assert guidance.alpha.tolist() == approx(alpha, abs=1e-5)
     assert metrics["sgpo/alpha"] == approx(sum(alpha) / 3, abs=1e-5)
@@ -268,7 +270,7 @@ def test_the_schedule_of_the_coefficient():
 
 
 FORWARD_GRADIENT = Q - P
-REVERSE_GRADIENT = gradient_of(lambda z: sgpo.reverse_kl(P_LOGITS, z), Q_LOGITS)
+REVERSE_GRADIENT = gradient_of(lambda z: sgpo.reverse_kl(z, P_LOGITS), Q_LOGITS)
 NO_GRADIENT = torch.zeros_like(P)
 
 

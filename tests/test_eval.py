@@ -395,7 +395,7 @@ def test_strategies(source, evaluate, fake_samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("row, message", [
     (None, "no such file"),
-    ({"problem": "Not in the benchmark", "strategy": "Useless."}, "no problem of the benchmarks has one"),
+    ({"problem": "Not in the benchmark", "strategy": "Useless."}, "no strategy for any problem of the benchmarks"),
     ({"strategy": "Whose?"}, 's.jsonl, line 1: must be a JSON object with "problem" and "strategy"'),
 ])
 def test_strategies_that_are_refused(row, message, file, tmp_path, refused):
@@ -447,9 +447,9 @@ def test_compare_by_hand(result_of, evaluate, capsys):
 
 
 @pytest.mark.parametrize("other, changes, message", [
-    (("0 1", "1 1"), {}, "strategies or --k in sums.jsonl\n"),
-    (("00 10 11", "10 10 10"), {}, "problems, answers, strategies or --k in sums.jsonl\n"),
-    (("00 10", "10 10"), {"strategy": "Double it."}, "strategies or --k in sums.jsonl guided\n"),
+    (("0 1", "1 1"), {}, "strategies or --k of sums.jsonl\n"),
+    (("00 10 11", "10 10 10"), {}, "problems, answers, strategies or --k of sums.jsonl\n"),
+    (("00 10", "10 10"), {"strategy": "Double it."}, "strategies or --k of sums.jsonl guided\n"),
     (("00 10", "10 10"), {"name": "b.jsonl"}, "no benchmark is in both")])
 def test_evaluations_that_cannot_be_compared(other, changes, message, result_of, refused):
     a = result_of("a", "00 10", "10 10")

@@ -31,7 +31,7 @@ def random_rollout(script):
         "kept_mass": torch.ones(ids.shape, device=ids.device),
     }
     if script is sgpo:
-        fields["sampled_from"] = [[30, 5, 6, 7], [31, 8]]  # guided prompts
+        fields["sampling_prompts"] = [[30, 5, 6, 7], [31, 8]]  # guided prompts
     return script.Rollout(**fields)
 
 

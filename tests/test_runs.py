@@ -261,7 +261,7 @@ REFUSALS = [
     ("sgpo", "--strategist_args [1]", "--strategist_args [1]: it must be a JSON object"),
     ("sgpo", "--strategist_args {", "--strategist_args {: it must be a JSON object"),
     ("sgpo", "--strategies nowhere/s.jsonl", "--strategies nowhere/s.jsonl: there is no such folder"),
-    ("sgpo", "--strategies .", "--strategies .: is a folder"),
+    ("sgpo", "--strategies .", "--strategies .: this is a folder"),
     ("sgpo", "--dataset plain.jsonl", "none of the problems has a strategy"),
     ("tgpo", "--teacher ./nowhere", "--teacher ./nowhere: no such directory"),
     ("tgpo", "--teacher_device abacus", "--teacher_device abacus"),

@@ -256,7 +256,7 @@ def test_a_cut_line_is_asked_again(server, sgpo_run, tmp_path):
     (RuntimeError(f"401: bad key {KEY}"), "", "stop", "RuntimeError: 401: bad key ***"),
     (None, None, "stop", "--strategist_args '{\"max_completion_tokens\": 8192}'"),
     (None, GOOD, "length", "an answer is empty or cut off"),
-    (ValueError("not JSON"), "", "stop", "no answer to 32 requests; the last one: ValueError: not JSON")])
+    (ValueError("not JSON"), "", "stop", "no answer to 32 requests, last error: ValueError: not JSON")])
 def test_nothing_but_failures_end_in_one_line(error, content, finish_reason, message, server, sgpo_run,
                                               tmp_path):
     server.fails = lambda prompt: True

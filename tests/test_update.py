@@ -53,18 +53,18 @@ def example(order=range(4)) -> list[reference.Problem]:
 def rollout_of(script, problems: list[reference.Problem], width: int = 6):
     """Return the problems' samples as a rollout, padded with the end token, as generate does."""
     prompts = [p.prompt for p in problems for _ in p.completions]
-    sampled_from = list(prompts)
+    sampling_prompts = list(prompts)
     completions = [o for p in problems for o in p.completions]
     if script is sgpo:
         prompts += [p.prompt for p in problems for _ in p.guided_completions]
-        sampled_from += [p.guided_prompt for p in problems for _ in p.guided_completions]
+        sampling_prompts += [p.guided_prompt for p in problems for _ in p.guided_completions]
         completions += [g for p in problems for g in p.guided_completions]
     padded = [(o + [IM_END] * width)[:width] for o in completions]
     lengths = torch.tensor([len(o) for o in completions])
     mask = torch.arange(width) < lengths[:, None]
     fields = {"prompts": prompts, "completions": torch.tensor(padded), "mask": mask}
     if script is sgpo:
-        fields["sampled_from"] = sampled_from
+        fields["sampling_prompts"] = sampling_prompts
     nothing = torch.zeros(mask.shape)
     return script.Rollout(**fields, truncated=None, texts=None, sampler_logps=nothing, kept_mass=nothing)
 
@@ -117,8 +117,7 @@ def run_update(script, model=None, problems=None, A=None, width=6, **flags):
         return steps, script.update(model, optimizer, ro, A, args)
     guided_rewards = torch.tensor([p.guided_rewards for p in problems])
     all_rewards = torch.cat([rewards.flatten(), guided_rewards.flatten()])
-    guided_samples = {0: [12, 13], 1: [14, 15], 2: [16, 17], 3: [18, 19]}
-    guidance, guided_metrics = sgpo.weigh_problems(all_rewards, guided_samples, 4, args)
+    guidance, guided_metrics = sgpo.weigh_problems(all_rewards, [0, 1, 2, 3], 4, args)
     if not args.autonomous_grpo:
         A = torch.zeros(12)
     metrics = sgpo.update(model, optimizer, ro, A, guidance, args)
