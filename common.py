@@ -20,6 +20,7 @@ import math
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoi
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BACKEND = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
 
 
 def refuse(message: str, from_any_process: bool = False) -> NoReturn:
@@ -112,19 +114,15 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def join_processes() -> None:
-    """Join the processes that torchrun started, if it did."""
+    """Join the other processes if torchrun started this one."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     if ON_GPU:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # A day's timeout: ranks may wait long for each other's rollouts. If one dies, torchrun stops the others.
-    dist.init_process_group(process_backend(), timeout=timedelta(days=1))
+    dist.init_process_group(BACKEND, timeout=timedelta(days=1))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")
-
-
-def process_backend() -> str:
-    return "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
 
 
 def rank() -> int:
@@ -168,7 +166,7 @@ def from_first_process(compute: Callable[[], Any]) -> Any:
 def gather(share: Tensor) -> Tensor:
     """Return the rows [B, ...] of all processes, on the CPU, from this process's [b, ...].
 
-    The inverse of `my_share`; every process must hold equally many rows.
+    This undoes `my_share`. Every process must hold the same number of rows.
     """
     shares = from_all_processes(share.cpu())
     return torch.stack(shares, dim=1).flatten(0, 1)
@@ -298,35 +296,23 @@ class FlagParser(HfArgumentParser):
 def parse_args(args_class: type) -> Any:
     """Return the command line as an `args_class`.
 
-    A JSON file of flags, for example a run's config.json, may come first; flags behind it win. The demo's
-    model and problems bring defaults of their own.
+    A JSON file of flags, for example a run's config.json, may come first. Flags after the file override
+    it. The demo's model and problems change some defaults.
     """
     argv = sys.argv[1:]
     if argv and argv[0].endswith(".json"):
         argv = flags_of_file(argv[0]) + argv[1:]
     description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
-    model = last_value(argv, "model", "demo")
-    benchmarks = last_value(argv, "benchmarks", "")
-    if "demo" in (model, benchmarks):
-        parser.set_defaults(**demo_flags(args_class, last_value(argv, "guidance", "tgpo")))
+    given = parser.parse_known_args(argv)[0]
+    if "demo" in (given.model, getattr(given, "benchmarks", None)):
+        parser.set_defaults(**demo_flags(args_class, getattr(given, "guidance", "none")))
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     for field in dataclasses.fields(args):
         check_interval(field.name, getattr(args, field.name), field.metadata.get("metavar"))
     return args
-
-
-def last_value(argv: list[str], name: str, default: str) -> str:
-    """Return the value that a command line gives a flag, before the whole line is parsed."""
-    value = default
-    for word, following in zip(argv, [*argv[1:], ""]):
-        if word == f"--{name}":
-            value = following
-        elif word.startswith(f"--{name}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def flags_of_file(path: str) -> list[str]:
@@ -377,7 +363,7 @@ def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tupl
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            place = f"{path}, line {number}"
+            location = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
@@ -385,8 +371,8 @@ def read_jsonl(path: str | Path, skip_unfinished: bool = False) -> Iterator[tupl
             except (ValueError, RecursionError) as error:
                 if skip_unfinished and not line.endswith(b"\n"):
                     return
-                refuse(f"{place}: not JSON, or not UTF-8 ({first_line(error)})")
-            yield place, value
+                refuse(f"{location}: not JSON, or not UTF-8 ({first_line(error)})")
+            yield location, value
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -397,42 +383,33 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    """Append rows to a JSONL file. A number that is not finite becomes null: JSON has no NaN."""
+    """Append rows to a JSONL file. A number that is not finite becomes null, because JSON has no NaN."""
+    finite_rows = json.loads(json.dumps(rows), parse_constant=lambda name: None)
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(without_nan(row)) + "\n" for row in rows)
-
-
-def without_nan(value: Any) -> Any:
-    """Return a JSON value with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    is_nan = isinstance(value, float) and not math.isfinite(value)
-    return None if is_nan else value
+        file.writelines(json.dumps(row) + "\n" for row in finite_rows)
 
 
 def load_problems(source: str) -> list[dict]:
     """Return the problems of a file, a benchmark or a hub data set, with equal problems merged into one.
 
     Each problem is {"problem", "answer", "solution"?, "strategy"?, "id", and the row's other columns}. An
-    unusable row of a file ends the program with its line. Nobody here can mend a hub data set, so unusable
-    rows of one are dropped and counted.
+    unusable row of a file ends the program with its line. Users cannot edit a hub data set, so its
+    unusable rows are dropped and counted.
     """
-    is_file = source.endswith((".jsonl", ".json", ".parquet")) or os.path.exists(source)
+    is_file = source.endswith((".jsonl", ".json", ".parquet")) or os.path.isfile(source)
     raw_rows = read_file(source) if is_file else read_hub(source)
     problems = {}
     num_rows = 0
     unusable = []
-    for place, raw in raw_rows:
+    for location, raw in raw_rows:
         num_rows += 1
         try:
             problem = to_problem(raw)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"layout not recognised: {error!r}"
             if is_file:
-                refuse(f"{place}: {reason}")
-            unusable.append(f"{place}: {reason}")
+                refuse(f"{location}: {reason}")
+            unusable.append(f"{location}: {reason}")
             continue
         problem.setdefault("id", str(num_rows - 1))
         problems.setdefault(problem["problem"].strip(), problem)
@@ -448,7 +425,7 @@ def load_problems(source: str) -> list[dict]:
 
 
 def read_file(path: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for every row of a .jsonl, .json or .parquet file."""
+    """Yield (location, row) for every row of a .jsonl, .json or .parquet file."""
     if not os.path.isfile(path):
         refuse(f"{path}: no such file; name a .jsonl or .parquet file or a data set of the Hugging Face Hub")
     if path.endswith(".parquet"):
@@ -470,15 +447,15 @@ def read_file(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_hub(source: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for every row of a benchmark or of a hub data set ID, ID:CONFIG, ID:CONFIG:SPLIT."""
-    known = {place[0]: place for place in BENCHMARKS.values()} | BENCHMARKS
+    """Yield (location, row) for every row of a benchmark or a hub data set, ID[:CONFIG[:SPLIT]]."""
+    known = {entry[0]: entry for entry in BENCHMARKS.values()} | BENCHMARKS
     hub_id, config, split = known.get(source, (source, None, "train"))
     if ":" in source:
         hub_id, config, split = (source.split(":") + ["train"])[:3]
     try:
         import datasets  # imported here: a JSONL file must do without
         table = datasets.load_dataset(hub_id, config or None, split=split or "train")
-    except Exception as error:  # of a dozen kinds; each means that there is no data
+    except Exception as error:  # the library raises errors of many kinds
         # The library's whole message: for a set with several configs it lists their names.
         refuse(f"{source}: not a local file, and it could not be loaded from the Hugging Face Hub; write "
                f"config and split as ID:CONFIG:SPLIT ({type(error).__name__}: {error})")
@@ -494,7 +471,7 @@ def to_problem(raw: Any) -> dict:
     """
     if not isinstance(raw, dict):
         raise ValueError("a row must be a JSON object")
-    problem = raw.get("problem", raw.get("question"))
+    problem = raw.get("problem") or raw.get("question")
     answer = raw.get("answer")
     solution = raw.get("solution")
     if isinstance(raw.get("prompt"), list):  # LUFFY, DAPO, veRL: chat messages, gold in reward_model
@@ -533,7 +510,7 @@ def to_problem(raw: Any) -> dict:
 
 
 def is_missing(value: Any) -> bool:
-    """Return True for what stands for no value: None, an empty text, pandas' NaN."""
+    """Return True if a value stands for nothing: None, an empty text or pandas' NaN."""
     return value is None or value == "" or value != value
 
 
@@ -646,8 +623,8 @@ def split_warmup(problems: list[dict], held_out: list[dict], tokenizer, reward: 
 
     warmup = [problems[i] for i in sorted(share)]
     warmup = keep(warmup, is_taught, "the warm-up does not teach solutions that exceed --max_new_tokens "
-                                     "or are wrong to the reward")
-    if len(warmup) == 1:  # one to learn from and one to validate with
+                                     "or that the reward scores as wrong")
+    if len(warmup) == 1:  # it needs a problem to train on and one to validate on
         warmup = []
     train = [problem for i, problem in enumerate(problems) if i not in share]
     summary = f"{len(train)} problems for RL"
@@ -699,7 +676,7 @@ def build_prompt(tokenizer, problem: str, system_prompt: str = SYSTEM_PROMPT,
 def render_chat(tokenizer, user: str, system_prompt: str) -> str:
     """Return the prompt's text by the chat template.
 
-    Templates without a system role either raise (Gemma) or leave the system prompt out without a word (Phi-3
+    Templates without a system role either raise (Gemma) or leave the system prompt out silently (Phi-3
     of April 2024). Both get one user message that holds the system prompt, too.
     """
     messages = [{"role": "user", "content": user}]
@@ -761,7 +738,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 def solution_ids(tokenizer, solution: str, prompt: list[int]) -> list[int]:
-    """Return a solution as a completion of its prompt. The end token belongs to it: it is taught, too.
+    """Return the token ids of a solution as a completion of its prompt, with the end token.
 
     If the prompt's template has opened the thinking, the solution's own opening tag is left out.
     """
@@ -771,37 +748,37 @@ def solution_ids(tokenizer, solution: str, prompt: list[int]) -> list[int]:
     return tokenizer(solution, add_special_tokens=False).input_ids + [end_token_id(tokenizer)]
 
 
-def model_path(name: str, flag: str) -> str:
+def model_path(name: str, flag_name: str) -> str:
     """Return the directory or hub id to load from; "demo" names a model of the built-in demo."""
-    if f"{flag} {name}" in DEMO_MODELS:
-        return str(DEMO_FOLDER / DEMO_MODELS[f"{flag} {name}"])
+    if f"{flag_name} {name}" in DEMO_MODELS:
+        return str(DEMO_FOLDER / DEMO_MODELS[f"{flag_name} {name}"])
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not os.path.isdir(name):
-        refuse(f"{flag} {name}: no such directory")
+        refuse(f"{flag_name} {name}: no such directory")
     return name
 
 
-def load_tokenizer(name: str, flag: str = "--model"):
+def load_tokenizer(name: str, flag_name: str = "--model"):
     """Load the tokenizer of a hub id or a local directory."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name, flag))
-    except Exception as error:  # which of a dozen kinds depends on what is missing
-        refuse(f"{flag} {name}: no tokenizer can be loaded from it ({first_line(error)})")
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name, flag_name))
+    except Exception as error:  # the library raises errors of many kinds
+        refuse(f"{flag_name} {name}: no tokenizer can be loaded from it ({first_line(error)})")
     if not tokenizer("1 + 1 = 2").input_ids:  # a directory without a tokenizer can give an empty one
-        refuse(f"{flag} {name}: its tokenizer has no vocabulary; save one beside the weights")
+        refuse(f"{flag_name} {name}: its tokenizer has no vocabulary; save one beside the weights")
     if tokenizer.eos_token_id is None:
-        refuse(f"{flag} {name}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
+        refuse(f"{flag_name} {name}: its tokenizer has no end token; set eos_token in tokenizer_config.json")
     return tokenizer
 
 
 # ---------------------------------------------------------------- models
 
-def load_config(name: str, flag: str = "--model"):
+def load_config(name: str, flag_name: str = "--model"):
     """Load a model's configuration with dropout switched off."""
     try:
-        config = AutoConfig.from_pretrained(model_path(name, flag))
+        config = AutoConfig.from_pretrained(model_path(name, flag_name))
     except Exception as error:
-        refuse(f"{flag} {name}: no model can be loaded from it ({first_line(error)})")
+        refuse(f"{flag_name} {name}: no model can be loaded from it ({first_line(error)})")
     text_config = config.get_text_config()
     for key, value in list(vars(text_config).items()):
         if "drop" in key and isinstance(value, float):
@@ -810,13 +787,13 @@ def load_config(name: str, flag: str = "--model"):
 
 
 @lru_cache(4)
-def context_length(name: str, flag: str = "--model") -> int:
+def context_length(name: str, flag_name: str = "--model") -> int:
     """Return how many positions a model has.
 
     Longrope's rotary factors change for a whole batch as soon as one sequence passes the original length, so
     a sample's log-probs would depend on its batch. We stay below.
     """
-    config = load_config(name, flag).get_text_config()
+    config = load_config(name, flag_name).get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type", rope.get("type")) == "longrope":
         original = rope.get("original_max_position_embeddings")
@@ -824,29 +801,29 @@ def context_length(name: str, flag: str = "--model") -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def check_context(name: str, flag: str, longest_prompt: int, max_new_tokens: int) -> None:
+def check_context(name: str, flag_name: str, longest_prompt: int, max_new_tokens: int) -> None:
     """Refuse completions that could run past the model's positions."""
-    context = context_length(name, flag)
+    context = context_length(name, flag_name)
     if longest_prompt + max_new_tokens > context:
         refuse(f"--max_new_tokens {max_new_tokens} plus the longest prompt ({longest_prompt} tokens) exceeds "
-               f"the context of {flag} {name}, {context}; use at most {max(context - longest_prompt, 0)}")
+               f"the context of {flag_name} {name}, {context}; use at most "
+               f"{max(context - longest_prompt, 0)}")
 
 
-def load_model(name: str, flag: str = "--model", dtype: torch.dtype | None = None, device: Any = None):
-    """Load a causal language model to read or to sample, in bf16 on a GPU, without gradients."""
+def load_model(name: str, flag_name: str = "--model", dtype: torch.dtype | None = None, device: Any = None):
+    """Load a causal language model for scoring or sampling, in bf16 on a GPU, without gradients."""
     device = torch.device(device or DEVICE)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = load_config(name, flag)
+    config = load_config(name, flag_name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            model_path(name, flag), config=config, dtype=dtype, attn_implementation="sdpa")
+            model_path(name, flag_name), config=config, dtype=dtype)
     except Exception as error:
-        refuse(f"{flag} {name}: no causal language model can be loaded from it ({first_line(error)})",
-               from_any_process=True)
+        refuse(f"{flag_name} {name}: no causal language model can be loaded from it ({first_line(error)})")
     model.requires_grad_(False)
     model.to(device)
-    check_model(model, f"{flag} {name}")
+    check_model(model, f"{flag_name} {name}")
     return model
 
 
@@ -867,18 +844,20 @@ def check_model(model, name: str) -> None:
         logits = model(input_ids=ids).logits.float()
         hidden = model.base_model(input_ids=ids).last_hidden_state
         our_logits = model.get_output_embeddings()(hidden).float()
-        padding_error = error_of_padding(model, ids)
+        padding_error = 0.0
+        if model.dtype == torch.float32:  # errors of sound models in bf16 would come close to the limit
+            padding_error = error_of_padding(model, ids)
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         refuse(f"{name}: not supported, {type(model).__name__} gives no hidden states and head as usual "
                f"({first_line(error)})")
     if not logits.isfinite().all():
-        refuse(f"{name}: its weights are not finite", from_any_process=True)
+        refuse(f"{name}: its weights are not finite")
     tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2  # bf16 sums need not be the same twice
     if our_logits.shape != logits.shape or not torch.allclose(our_logits, logits, tolerance, tolerance):
         refuse(f"{name}: not supported, {type(model).__name__} changes its logits after lm_head")
     if not torch.allclose(train_logits, logits, tolerance, tolerance):
         refuse(f"{name}: not supported, {type(model).__name__} computes something else in train mode")
-    if model.dtype == torch.float32 and padding_error > 0.1:  # bf16 errors of sound models come close to it
+    if padding_error > 0.1:
         refuse(f"{name}: not supported, {type(model).__name__} reads the padding on the left of a prompt")
 
 
@@ -888,8 +867,8 @@ def error_of_padding(model, ids: Tensor) -> float:
     `generate` writes three tokens after the padded prompt; a plain pass reads them without the padding.
     """
     mask = F.pad(torch.ones_like(ids), (2, 0))
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0,
-                              output_logits=True, return_dict_in_generate=True)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, num_beams=1, num_return_sequences=1,
+                              pad_token_id=0, output_logits=True, return_dict_in_generate=True)
     sampled = model.generate(F.pad(ids, (2, 0)), attention_mask=mask, generation_config=config,
                              synced_gpus=False)
     sampler_logits = torch.stack(sampled.logits, 1)  # [1, tokens written, V]
@@ -899,18 +878,19 @@ def error_of_padding(model, ids: Tensor) -> float:
     return error.item()
 
 
-def load_by_first_process(name: str, flag: str = "--model", dtype: torch.dtype | None = None):
-    """Load a model into the first process; the others get a copy without weights, which `shard` fills.
+def load_by_first_process(name: str, flag_name: str = "--model", dtype: torch.dtype | None = None):
+    """Load a model in the first process only, so that host memory holds the model once.
 
-    So the whole model is in host memory once. If the first process refuses it, all processes end.
+    The other processes get a copy without weights, which `shard` fills. If the first process refuses the
+    model, all processes end.
     """
     model = None
     copy_for_others = None
     try:
         if rank() == 0:
-            model = load_model(name, flag, dtype, "cpu")
+            model = load_model(name, flag_name, dtype, "cpu")
             copy_for_others = without_weights(model)
-    finally:  # the others wait here also if it is refused
+    finally:  # the others wait for this broadcast even if the model is refused
         received = from_first_process(lambda: copy_for_others)
     if received is None:
         raise SystemExit(2)
@@ -998,7 +978,7 @@ def shard(model, bf16: bool, cpu_offload: bool) -> None:
     of samples.
     """
     if not dist.is_initialized():  # FSDP2 needs a group even for a single process
-        dist.init_process_group(process_backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(BACKEND, store=dist.HashStore(), rank=0, world_size=1)
     options = {"mesh": init_device_mesh(DEVICE.type, (world_size(),))}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -1067,19 +1047,19 @@ def total_without(parts: dict[str, float], names: Sequence[str]) -> float:
 
 
 def card_parts(args: RunFlags) -> dict[str, float]:
-    """Return what a process keeps on its card, name -> bytes.
+    """Return the bytes of everything that a process keeps on its card, by name.
 
     A parameter takes 16 bytes: 4 for the weight, 4 for its gradient, 8 for Adam, divided among the processes.
     With --cpu_offload they are in host memory, and the card holds the gathered weights while it samples.
     """
-    policy = count_parameters(args.model, "--model")
-    sampling_weights_size = bytes_of_sampling_weight(args) * policy
+    num_parameters = count_parameters(args.model, "--model")
+    sampling_weights_size = bytes_of_sampling_weight(args) * num_parameters
     if args.lora_rank:
         parts = {"frozen weights": sampling_weights_size, "adapters": 16 * count_adapter_parameters(args)}
     elif args.cpu_offload:
         parts = {"gathered weights": sampling_weights_size}
     else:
-        share = policy / world_size()
+        share = num_parameters / world_size()
         parts = {"weights": 4 * share, "gradients": 4 * share, "Adam": 8 * share}
         if args.bf16 or world_size() > 1:
             parts["sampling copy"] = sampling_weights_size
@@ -1134,17 +1114,17 @@ def choose_memory(args: RunFlags, card: float | None = None) -> dict[str, str]:
         args.cpu_offload = not args.lora_rank and sum(card_parts(args).values()) > 0.75 * card
     if args.microbatch_tokens is None:
         args.microbatch_tokens = 32768 if args.cpu_offload and card >= 64e9 else 16384
-    policy = count_parameters(args.model, "--model")
+    num_parameters = count_parameters(args.model, "--model")
     parts = card_parts(args)
     if (args.cpu_offload or world_size() > 1) and gradient_fits(args, card):
-        parts["whole gradient"] = 4 * policy
+        parts["whole gradient"] = 4 * num_parameters
     if args.activation_checkpointing is None:
         needed = total_without(parts, ONLY_IN_SAMPLING) + activation_bytes(args)
         args.activation_checkpointing = args.cpu_offload or needed > 0.8 * card
-    host = 16 * policy if args.cpu_offload else 0
-    checkpoint = 0 if args.lora_rank else 12 * policy  # adapters are small
+    host = 16 * num_parameters if args.cpu_offload else 0
+    checkpoint_size = 0 if args.lora_rank else 12 * num_parameters  # adapters are small
     num_checkpoints = Run.CHECKPOINTS_KEPT + 1 if args.save_every else 1  # one more while it is written
-    disk = num_checkpoints * checkpoint + 4 * policy
+    disk = num_checkpoints * checkpoint_size + 4 * num_parameters
     if not getattr(args, "extract_only", False):
         check_room(host, disk, args.out)
     line = f"{gigabytes(sum(parts.values()))} a process: "
@@ -1167,7 +1147,7 @@ def sampling_plan(args: RunFlags, parts: dict[str, float], card: float) -> str:
     bytes_per_number = bytes_of_sampling_weight(args)
     longest = args.max_prompt_tokens + args.max_new_tokens
     free = card - total_without(parts, ONLY_IN_TRAINING)
-    fitting = rows_that_fit(config, bytes_per_number, longest, free)
+    fitting = sequences_that_fit(config, bytes_per_number, longest, free)
     rows = min(fitting, args.generation_batch_size)
     cache = kv_bytes(config, bytes_per_number, longest)
     return (f"{rows} completions of up to {longest} tokens at the same time; "
@@ -1192,9 +1172,9 @@ def check_room(host: float, disk: float, out: str) -> None:
                f"and {free / 1e9:.3g} GB are free there")
 
 
-def count_parameters(name: str, flag: str) -> int:
+def count_parameters(name: str, flag_name: str) -> int:
     """Return a model's number of parameters, from its configuration alone."""
-    return sum(p.numel() for p in model_without_memory(name, flag).parameters())
+    return sum(p.numel() for p in model_without_memory(name, flag_name).parameters())
 
 
 def count_adapter_parameters(args: RunFlags) -> int:
@@ -1205,14 +1185,15 @@ def count_adapter_parameters(args: RunFlags) -> int:
     return args.lora_rank * sum(layer.in_features + layer.out_features for layer in linear)
 
 
-def model_without_memory(name: str, flag: str):
+def model_without_memory(name: str, flag_name: str):
     """Return a model on the meta device: the shapes of its weights, and no numbers."""
-    config = load_config(name, flag)
+    config = load_config(name, flag_name)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:
-        refuse(f"{flag} {name}: no causal language model can be made from its config ({first_line(error)})")
+        refuse(f"{flag_name} {name}: no causal language model can be made from its config "
+               f"({first_line(error)})")
 
 
 # ---------------------------------------------------------------- generation
@@ -1231,33 +1212,34 @@ class Samples:
 
 
 @torch.no_grad()
-def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig, max_rows: int) -> Samples:
+def generate_in_pieces(model, prompts: list[list[int]], config: GenerationConfig,
+                       max_sequences: int) -> Samples:
     """Return one completion per prompt.
 
-    Run `model.generate` on as many prompts at the same time as memory allows, at most `max_rows`.
+    Run `model.generate` on as many prompts at the same time as memory allows, at most `max_sequences`.
 
     Three traps are avoided here. `generate` fills fields that a GenerationConfig leaves open from the
-    checkpoint's own (for Qwen2.5-Instruct: top_k 20, repetition_penalty 1.05), so we take that away for the
-    call. In train mode, activation checkpointing drops the KV cache without an error, so we sample in eval
-    mode. And fp32 weights would be cast to bf16 again at every token, so we sample from a bf16 copy.
+    checkpoint's own (for Qwen2.5-Instruct: top_k 20, repetition_penalty 1.05), so an empty config replaces it
+    during the call. In train mode, activation checkpointing drops the KV cache without an error, so we sample
+    in eval mode. And fp32 weights would be cast to bf16 again at every token, so we sample from a bf16 copy.
     """
     longest = max(map(len, prompts), default=1) + config.max_new_tokens
     with sampling_weights(model) as sampler:
         free = card_bytes()
         if device_of(model).type == "cuda":
             free -= torch.cuda.memory_allocated()
-        fitting = rows_that_fit(sampler.config, sampler.dtype.itemsize, longest, free)
-        rows = min(max_rows, fitting)
-        own_config = sampler.generation_config
+        fitting = sequences_that_fit(sampler.config, sampler.dtype.itemsize, longest, free)
+        batch_size = min(max_sequences, fitting)
+        saved_config = sampler.generation_config
         sampler.generation_config = GenerationConfig()
         bar = tqdm(total=len(prompts), desc="sampling", unit="completion", leave=False,
                    disable=True if rank() else None)
         try:
-            parts = [generate_batch(sampler, prompts[first:first + rows], config, bar)
-                     for first in range(0, len(prompts), rows)]
+            parts = [generate_batch(sampler, prompts[first:first + batch_size], config, bar)
+                     for first in range(0, len(prompts), batch_size)]
         finally:
             bar.close()
-            sampler.generation_config = own_config
+            sampler.generation_config = saved_config
     device = device_of(model)
     return Samples(
         ids=joined([part.ids for part in parts], config.pad_token_id, device).long(),
@@ -1276,9 +1258,9 @@ def joined(parts: list[Tensor], value: float, device) -> Tensor:
 def generate_batch(model, prompts: list[list[int]], config: GenerationConfig, bar: tqdm) -> Samples:
     """Return the completions of one batch, from several calls of `model.generate`.
 
-    A call ends when a tenth of its rows have ended. Finished rows leave the batch, and the next call goes on
-    with the KV cache of the others, so that a batch does not wait for its longest row. Measured on natural
-    lengths: 2.4 to 3.8 times the tokens per second of a single call.
+    A call ends when a tenth of its rows have ended. Finished rows leave the batch, and the next call starts
+    from the KV cache of the others, so that a batch does not wait for its longest row. On natural lengths
+    this writes 2.4 to 3.8 times the tokens per second of a single call.
     """
     end_ids = torch.tensor(config.eos_token_id, device=device_of(model))
     ids, mask = left_pad(prompts, config.pad_token_id, device_of(model))
@@ -1360,7 +1342,7 @@ def has_plain_cache(cache: DynamicCache) -> bool:
 
 
 class EnoughEnded(StoppingCriteria):
-    """Ends a call of `generate` once so many of its rows have ended."""
+    """End a call of `generate` once `enough` of its rows have ended."""
 
     def __init__(self, end_ids: Tensor, enough: int):
         self.end_ids = end_ids
@@ -1373,7 +1355,7 @@ class EnoughEnded(StoppingCriteria):
 
 
 class NucleusFilter(LogitsProcessor):
-    """Top-p as in transformers, without its sort of the whole vocabulary; keeps log-probs and kept mass.
+    """Filter by top-p as transformers does, without sorting the vocabulary. Record log-probs and kept mass.
 
     The 1,024 likeliest tokens nearly always hold more than top_p. At V = 152k and 32 rows on a CPU the sort
     takes 3.3 s a token, more than the model. transformers applies the temperature after us.
@@ -1433,7 +1415,7 @@ def kv_bytes(config, bytes_per_number: int, tokens: int) -> int:
     return 2 * cached_tokens * kv_heads * head_dim * bytes_per_number
 
 
-def rows_that_fit(config, bytes_per_number: int, tokens: int, free: float) -> int:
+def sequences_that_fit(config, bytes_per_number: int, tokens: int, free: float) -> int:
     """Return how many sequences of so many tokens are sampled at once, in so many free bytes of the card."""
     budget = GENERATION_SHARE * free if free < math.inf else CPU_CACHE_BYTES
     return max(int(budget // kv_bytes(config, bytes_per_number, tokens)), 1)
@@ -1441,10 +1423,11 @@ def rows_that_fit(config, bytes_per_number: int, tokens: int, free: float) -> in
 
 @contextmanager
 def sampling_weights(model) -> Iterator[torch.nn.Module]:
-    """Yield the unsharded model in eval mode; with --bf16 an unsharded model is copied to bf16.
+    """Yield the model to sample from, in eval mode.
 
-    A sharded model is gathered once, so that processes may write different numbers of tokens. FSDP2's hooks,
-    which would run in every layer at every token, are taken off until then.
+    This is a bf16 copy of a plain model with --bf16, or a sharded model with its weights gathered once, so
+    that processes may write different numbers of tokens. FSDP2's hooks would run in every layer at every
+    token, so they are removed while the model samples.
     """
     was_training = model.training
     modules = sharded_modules(model)
@@ -1479,9 +1462,9 @@ CHUNK_LOGITS = 2 ** 26 if ON_GPU else 2 ** 23  # logits in memory at the same ti
 def microbatches(idx: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Split samples into micro-batches of similar length, each of at most `max_tokens` padded tokens.
 
-    `lengths` holds the length of every sample; a longer one than `max_tokens` stands alone. A new micro-batch
-    also begins when padding would cost more than another pass. All processes get equally many micro-batches,
-    some of them maybe empty, because FSDP2 needs equally many passes of each.
+    `lengths` holds the length of every sample. A sample longer than `max_tokens` gets a micro-batch of its
+    own. A new micro-batch also begins when padding would cost more than another pass. Every process gets the
+    same number of micro-batches, because FSDP2 needs the same number of passes everywhere. Some may be empty.
     """
     batches = []
     padding = 0
@@ -1498,7 +1481,7 @@ def microbatches(idx: Sequence[int], lengths: Sequence[int], max_tokens: int) ->
 
 
 def accumulate(model, batches: list[list[int]]) -> Iterator[list[int]]:
-    """Yield the micro-batches of one gradient, which processes with a sharded model sum at the last one.
+    """Yield micro-batches whose gradients add up to one. A sharded model sums it over processes at the last.
 
     FSDP2 would otherwise sum the gradient over the processes, and with --cpu_offload transfer it, after
     every micro-batch.
@@ -1711,12 +1694,9 @@ def load_reward(spec: str | None) -> Reward:
     path, _, name = spec.rpartition(":")
     if not os.path.isfile(path):
         refuse(f"--reward {spec}: write it as FILE.py:function, with a file that exists")
-    module_spec = importlib.util.spec_from_file_location("custom_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
         refuse(f"--reward {spec}: {path} has no function {name}")
-    function = getattr(module, name)
 
     def reward(texts: list[str], problems: list[dict]) -> Tensor:
         values = []
@@ -1807,7 +1787,7 @@ class Run:
             refuse(f"--out {self.folder}: {problem}")
 
     def make_directory(self) -> str | None:
-        """Make and lock the directory and write config.json; return what prevents it."""
+        """Make and lock the directory and write config.json. Return the reason if that fails, else None."""
         try:
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1824,10 +1804,10 @@ class Run:
         Log rows after that step are dropped, so that the logs match an uninterrupted run. From here
         on Ctrl-C and SIGTERM end the run after the current step.
         """
-        step = 0
+        step = self.latest_step()
         fill_adam_state(optimizer)
         if self.checkpoints():
-            step = load_checkpoint(self.checkpoints()[-1], model, optimizer)
+            load_checkpoint(self.checkpoints()[-1], model, optimizer)
         if rank() == 0:
             for name in ("samples.jsonl", "metrics.jsonl"):
                 truncate_log(self.folder / name, step if step > 0 else -1)
@@ -1907,7 +1887,7 @@ class Run:
         """Save a checkpoint. Random numbers and data order are functions of (seed, step), and not in it."""
         folder = self.folder / "checkpoints" / f"step_{step:06d}"
         if not folder.exists():
-            save_checkpoint(folder, model, optimizer, step)
+            save_checkpoint(folder, model, optimizer)
         if rank() == 0:
             for old in self.checkpoints()[:-self.CHECKPOINTS_KEPT]:
                 shutil.rmtree(old)
@@ -1968,21 +1948,11 @@ def lock_file(path: Path):
 
 
 def truncate_log(path: Path, last_step: int) -> None:
-    """Keep the rows of a log up to a step; a last line that a kill cut off goes, too."""
+    """Keep the rows of a log up to a step. Drop a last line that a kill cut off."""
     if not path.exists():
         return
-    kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            is_kept = json.loads(line)["step"] <= last_step
-        except (ValueError, TypeError, KeyError):
-            refuse(f"{path}, line {number}: not a row with a step; delete the line and resume again",
-                   from_any_process=True)
-        if is_kept:
-            kept.append(line)
-    write_atomic(path, "".join(kept))
+    rows = [row for location, row in read_jsonl(path, skip_unfinished=True)]
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
 
 
 def dashboard(name: str, folder: Path, config: dict) -> Callable[[int, dict], None]:
@@ -1991,7 +1961,7 @@ def dashboard(name: str, folder: Path, config: dict) -> Callable[[int, dict], No
         return lambda step, metrics: None
     if name == "wandb":
         import wandb
-        wandb.init(project="sgpo-tgpo", id=folder.name, dir=folder, config=config, resume="allow")
+        wandb.init(project="sgpo-tgpo", name=folder.name, dir=folder, config=config)
         return lambda step, metrics: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard")
@@ -2022,15 +1992,14 @@ def whole_folder(final: Path) -> Iterator[Path]:
 def fill_adam_state(optimizer) -> None:
     """Give every parameter the state that AdamW would give it at its first gradient.
 
-    Then a parameter that never gets a gradient (an unused vision tower) is saved and loaded like the others,
-    and torch need not make up the state of an optimizer that has not stepped, which it does wrongly.
+    Then a parameter that never gets a gradient (an unused vision tower) is saved and loaded like the others.
+    For an optimizer that has not stepped, torch would fill in a state of its own, with a step counter of 1.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p in optimizer.state:
                 continue
-            step_device = p.device if group["fused"] or group["capturable"] else "cpu"
-            optimizer.state[p] = {"step": torch.zeros((), device=step_device), "exp_avg": torch.zeros_like(p),
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
 
 
@@ -2040,55 +2009,61 @@ def training_state(model, optimizer) -> dict[str, dict]:
     return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
-def save_checkpoint(final: Path, model, optimizer, step: int) -> None:
+def save_checkpoint(final: Path, model, optimizer) -> None:
     """Save model and optimizer with torch's distributed checkpoint; any number of processes can read it."""
     state = training_state(model, optimizer)
     with whole_folder(final) as folder:
         dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        if rank() == 0:
-            write_atomic(folder / "step.json", json.dumps({"step": step}))
 
 
-def load_checkpoint(folder: Path, model, optimizer) -> int:
-    """Load a checkpoint into model and optimizer and return its step."""
+def load_checkpoint(folder: Path, model, optimizer) -> None:
+    """Load a checkpoint into model and optimizer."""
     state = training_state(model, optimizer)
     try:
-        step = json.loads((folder / "step.json").read_text())["step"]
         dcp.FileSystemReader(folder).read_metadata()  # without this dcp.load prints a traceback of its own
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except (Exception, dcp.api.CheckpointException) as error:  # of a dozen kinds, pickle's among them
-        refuse(f"{folder}: cannot be read ({first_line(error)}); remove it to resume from the one before",
-               from_any_process=True)
+    except (Exception, dcp.api.CheckpointException) as error:  # the libraries raise errors of many kinds
+        refuse(f"{folder}: cannot be read ({first_line(error)}); remove it to resume from the one before")
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not adapters(model)))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return step
 
 
 def load_weights(model, folder: Path) -> None:
-    """Load the weights of a Hugging Face directory into a model that is there already."""
-    if not (folder / "config.json").is_file():
-        refuse(f"{folder}: no model directory; name the warmup/ folder of a run")
-    if adapters(model) and not (folder / "adapters.safetensors").is_file():
-        refuse(f"{folder}: holds no LoRA adapters; name the warmup/ folder of a run with this --lora_rank")
-    if adapters(model):
-        model.load_state_dict(load_file(folder / "adapters.safetensors"), strict=False)
-        return
+    """Load the weights of a warm-up, a Hugging Face directory, into an existing model."""
+    own_adapters = adapters(model)
+    expected = own_adapters or model.state_dict()
     weights = {}
     if rank() == 0:
-        weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+        try:
+            if own_adapters:
+                weights = load_file(folder / "adapters.safetensors")
+            else:
+                weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        except Exception as error:  # the libraries raise errors of many kinds
+            refuse(f"{folder}: no warm-up can be loaded from it ({first_line(error)})")
+        if shapes(weights) != shapes(expected):
+            refuse(f"{folder}: its weights do not fit this model; name the warmup/ folder of a run with the "
+                   "same --model and --lora_rank")
+    options = StateDictOptions(full_state_dict=True, strict=not own_adapters,
+                               broadcast_from_rank0=dist.is_initialized())
     set_model_state_dict(model, weights, options=options)
+
+
+def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def save_model(model, tokenizer, final: Path) -> None:
     """Save model and tokenizer as a Hugging Face directory, which transformers and vLLM load as it is."""
-    weights = merged_weights(model)
     if sharded_modules(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
+    else:
+        weights = merged_weights(model)
+    # Gathering makes a tied head a second tensor. We put the embedding's tensor in its place, so that
+    # transformers writes one.
     first_name = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        # A gathered tied head is a tensor of its own; transformers writes it once if it is the same tensor.
         if name in weights:
             weights[name] = weights[first_name.setdefault(id(p), name)]
     are_finite = all(weight.isfinite().all() for weight in weights.values())
@@ -2098,14 +2073,16 @@ def save_model(model, tokenizer, final: Path) -> None:
         if rank() == 0:
             model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            if adapters(model):
-                save_file(adapters(model), folder / "adapters.safetensors")
+            own_adapters = adapters(model)
+            if own_adapters:
+                save_file(own_adapters, folder / "adapters.safetensors")
 
 
 def versions() -> dict[str, Any]:
     """Return package versions, device and commit for config.json."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    # With a shell a machine without git gives an empty commit instead of an error.
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "math-verify")}
     device = torch.cuda.get_device_name() if ON_GPU else "cpu"
     return {"versions": packages, "device": device, "processes": world_size(), "commit": git.stdout.strip()}
@@ -2115,8 +2092,8 @@ def peak_memory_gb() -> float:
     """Return the peak memory so far, of the process that has most: its GPU's, or the host's without a GPU."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    own = torch.cuda.max_memory_allocated() if ON_GPU else host
-    return max(from_all_processes(own)) / 2 ** 30
+    peak = torch.cuda.max_memory_allocated() if ON_GPU else host
+    return max(from_all_processes(peak)) / 2 ** 30
 
 
 # ---------------------------------------------------------------- the math grader

@@ -59,6 +59,31 @@ def test_a_custom_reward_gets_all_columns(tmp_path):
         assert reward(["text"], [problem]) == 1.0
 
 
+def test_a_problem_may_be_in_either_column():
+    row = common.to_problem({"problem": None, "question": "q", "answer": "1"})
+    assert row["problem"] == "q"
+
+
+REWARD_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Score:
+    value: float
+
+def f(text, row):
+    return Score(0.5).value
+"""
+
+
+@pytest.mark.parametrize("name", ["own.py", "own.txt"])
+def test_a_custom_reward_may_be_any_python_file(name, tmp_path):
+    (tmp_path / name).write_text(REWARD_FILE)
+    reward = common.load_reward(f"{tmp_path}/{name}:f")
+    assert reward(["text"], [{"problem": "p", "answer": "1"}]) == 0.5
+
+
 # ---- files
 
 ROWS = [{"problem": "p", "answer": "1", "id": "a"},
@@ -188,6 +213,13 @@ def hub(monkeypatch):
 def test_id_config_and_split(source, expected, hub):
     assert common.load_problems(source)[0]["problem"] == "p"
     assert hub.calls == [expected]
+
+
+def test_a_folder_does_not_hide_a_benchmark_of_its_name(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "math500").mkdir()
+    common.load_problems("math500")
+    assert hub.calls == [("HuggingFaceH4/MATH-500", None, "test")]
 
 
 def test_a_hub_set_with_several_configs_names_them(hub, capsys):

@@ -81,6 +81,13 @@ def test_other_models_are_accepted(kind, dtype):
     common.check_model(model, "--model m")
 
 
+@pytest.mark.parametrize("setting", ["num_beams", "num_return_sequences"])
+def test_the_checkpoints_way_of_generating_does_not_matter(setting):
+    model = small_model()
+    setattr(model.generation_config, setting, 3)
+    common.check_model(model, "--model m")
+
+
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 def test_weights_that_are_not_finite_are_refused(bad, tmp_path, capsys):
     model = small_model()
@@ -320,19 +327,19 @@ def test_bytes_of_the_kv_cache(kind, tokens, cached):
     assert common.kv_bytes(model.config, 2, tokens) == 2 * numbers
 
 
-def test_rows_that_fit(monkeypatch):
+def test_sequences_that_fit(monkeypatch):
     config = small_model().config
     row = common.kv_bytes(config, 4, 10)
     monkeypatch.setattr(common, "CPU_CACHE_BYTES", 3.9 * row)
-    assert common.rows_that_fit(config, 4, 10, math.inf) == 3
-    assert common.rows_that_fit(config, 4, 100, math.inf) == 1
-    assert common.rows_that_fit(config, 4, 10, 10 * row) == 8  # a fifth stays free
-    assert common.rows_that_fit(config, 2, 10, 10 * row) == 16
+    assert common.sequences_that_fit(config, 4, 10, math.inf) == 3
+    assert common.sequences_that_fit(config, 4, 100, math.inf) == 1
+    assert common.sequences_that_fit(config, 4, 10, 10 * row) == 8  # a fifth stays free
+    assert common.sequences_that_fit(config, 2, 10, 10 * row) == 16
 
 
 def test_a_model_without_attention_fits():
     config = AutoConfig.for_model("mamba", vocab_size=260, hidden_size=16, num_hidden_layers=1)
-    assert common.rows_that_fit(config, 4, 10 ** 6, math.inf) > 1000
+    assert common.sequences_that_fit(config, 4, 10 ** 6, math.inf) > 1000
 
 
 # Users' models as their published configurations have them: hidden size, size of the MLP, layers, heads,

@@ -171,6 +171,21 @@ def test_another_run_can_start_from_a_warm_up(argv, tmp_path, run_script):
     assert not (second / "warmup").exists()
 
 
+@pytest.mark.parametrize("other, reason", [
+    ({"kind": "qwen2", "num_hidden_layers": 1, "layer_types": None}, "its weights do not fit this model"),
+    ({"kind": "llama"}, "its weights do not fit this model"),
+    (None, "no warm-up can be loaded from it"),
+])
+def test_a_warm_up_of_another_model_is_refused(other, reason, tmp_path, capsys):
+    small_model(**(other or {})).save_pretrained(tmp_path)
+    if other is None:
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        common.load_weights(small_model(), tmp_path)
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
 # ---- the split
 
 def split(rows: list[dict], **flags) -> tuple[list[str], list[str], str]:
