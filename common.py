@@ -1162,14 +1162,14 @@ def check_room(host: float, disk: float, out: str) -> None:
     """Refuse a run that needs more bytes of host memory or disk than there are."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if host > memory:
-        refuse(f"--cpu_offload needs {host / 1e9:.3g} GB of host memory, and this machine has "
-               f"{memory / 1e9:.3g}: use --lora_rank, more cards or a smaller model")
+        refuse(f"--cpu_offload needs {gigabytes(host)} of host memory, and this machine has "
+               f"{gigabytes(memory)}: use --lora_rank, more cards or a smaller model")
     written = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())  # by a resumed run
     existing = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if disk > free + written:
-        refuse(f"--out {out}: checkpoints and model need {disk / 1e9:.3g} GB of disk, "
-               f"and {free / 1e9:.3g} GB are free there")
+        refuse(f"--out {out}: checkpoints and model need {gigabytes(disk)} of disk, "
+               f"and {gigabytes(free)} are free there")
 
 
 def count_parameters(name: str, flag_name: str) -> int:

@@ -593,6 +593,16 @@ def divergence(scores: Scores, advice: Advice, ids: Tensor, mask: Tensor,
     }
 
 
+def tokens_with_advice(method: Method, ro: Rollout, advice: Advice | None, teacher: Teacher | None) -> Tensor:
+    """Return True for every completion token on which the method has the teacher's advice, [N, C]."""
+    mask = ro.mask
+    if method.uses_labels:
+        mask = mask & (advice.labels >= 0)
+    if method.uses_logps:
+        mask = mask & (ro.completions < teacher.num_shared)
+    return mask
+
+
 @torch.no_grad()
 def scores_before_update(model, ro: Rollout, samples: list[int], teacher: Teacher | None,
                          advice: Advice | None, args: Args) -> Scores:
@@ -650,11 +660,7 @@ def update(model, optimizer, ro: Rollout, advantages: Tensor, teacher: Teacher |
     advantages = advantages.to(ro.mask.device)
     with_gradient = [i for i, is_nonzero in enumerate(has_gradient) if is_nonzero]
     advice = teacher.read(ro, with_gradient) if teacher else None  # without guidance only for the metrics
-    advised_mask = ro.mask  # [N, C] tokens on which the method has advice
-    if method.uses_labels:
-        advised_mask = advised_mask & (advice.labels >= 0)
-    if method.uses_logps:
-        advised_mask = advised_mask & (ro.completions < teacher.num_shared)
+    advised_mask = tokens_with_advice(method, ro, advice, teacher)         # [N, C]
     old_scores = None  # with one update per rollout pi_old equals pi and need not be computed
     if args.updates_per_rollout > 1:
         old_scores = scores_before_update(model, ro, with_gradient, teacher, advice, args)
