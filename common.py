@@ -304,7 +304,7 @@ def parse_args(args_class: type) -> Any:
         argv = flags_of_file(argv[0]) + argv[1:]
     description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
-    given = parser.parse_known_args(argv)[0]
+    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
     if "demo" in (given.model, getattr(given, "benchmarks", None)):
         parser.set_defaults(**demo_flags(args_class, getattr(given, "guidance", "none")))
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -397,6 +397,8 @@ def load_problems(source: str) -> list[dict]:
     unusable rows are dropped and counted.
     """
     is_file = source.endswith((".jsonl", ".json", ".parquet")) or os.path.isfile(source)
+    if os.path.isdir(source) and source not in BENCHMARKS:
+        refuse(f"{source}: this is a folder; name a file in it")
     raw_rows = read_file(source) if is_file else read_hub(source)
     problems = {}
     num_rows = 0
@@ -783,6 +785,7 @@ def load_config(name: str, flag_name: str = "--model"):
     for key, value in list(vars(text_config).items()):
         if "drop" in key and isinstance(value, float):
             setattr(text_config, key, 0.0)
+    config._attn_implementation = None  # the library's choice: sdpa, or eager if the model has no sdpa
     return config
 
 
@@ -820,15 +823,16 @@ def load_model(name: str, flag_name: str = "--model", dtype: torch.dtype | None 
         model = AutoModelForCausalLM.from_pretrained(
             model_path(name, flag_name), config=config, dtype=dtype)
     except Exception as error:
-        refuse(f"{flag_name} {name}: no causal language model can be loaded from it ({first_line(error)})")
+        refuse(f"{flag_name} {name}: no causal language model can be loaded from it ({first_line(error)})",
+               from_any_process=True)
     model.requires_grad_(False)
     model.to(device)
-    check_model(model, f"{flag_name} {name}")
+    check_model(model, f"{flag_name} {name}", samples=flag_name != "--teacher")
     return model
 
 
 @torch.no_grad()
-def check_model(model, name: str) -> None:
+def check_model(model, name: str, samples: bool = True) -> None:
     """Refuse models that would sample from another policy than the one we score and train.
 
     We score through the hidden states, in train mode, and sample through the logits, in eval mode, with
@@ -844,20 +848,20 @@ def check_model(model, name: str) -> None:
         logits = model(input_ids=ids).logits.float()
         hidden = model.base_model(input_ids=ids).last_hidden_state
         our_logits = model.get_output_embeddings()(hidden).float()
-        padding_error = 0.0
-        if model.dtype == torch.float32:  # errors of sound models in bf16 would come close to the limit
-            padding_error = error_of_padding(model, ids)
+        padding_error = error_of_padding(model, ids) if samples else 0.0
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         refuse(f"{name}: not supported, {type(model).__name__} gives no hidden states and head as usual "
                f"({first_line(error)})")
     if not logits.isfinite().all():
-        refuse(f"{name}: its weights are not finite")
+        refuse(f"{name}: its weights are not finite", from_any_process=True)
     tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2  # bf16 sums need not be the same twice
     if our_logits.shape != logits.shape or not torch.allclose(our_logits, logits, tolerance, tolerance):
         refuse(f"{name}: not supported, {type(model).__name__} changes its logits after lm_head")
     if not torch.allclose(train_logits, logits, tolerance, tolerance):
         refuse(f"{name}: not supported, {type(model).__name__} computes something else in train mode")
-    if padding_error > 0.1:
+    if padding_error > (0.1 if model.dtype == torch.float32 else 0.5):
         refuse(f"{name}: not supported, {type(model).__name__} reads the padding on the left of a prompt")
 
 
@@ -867,10 +871,15 @@ def error_of_padding(model, ids: Tensor) -> float:
     `generate` writes three tokens after the padded prompt; a plain pass reads them without the padding.
     """
     mask = F.pad(torch.ones_like(ids), (2, 0))
-    config = GenerationConfig(max_new_tokens=3, do_sample=False, num_beams=1, num_return_sequences=1,
-                              pad_token_id=0, output_logits=True, return_dict_in_generate=True)
-    sampled = model.generate(F.pad(ids, (2, 0)), attention_mask=mask, generation_config=config,
-                             synced_gpus=False)
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0,
+                              output_logits=True, return_dict_in_generate=True)
+    saved_config = model.generation_config
+    model.generation_config = GenerationConfig()  # as in generate_in_pieces
+    try:
+        sampled = model.generate(F.pad(ids, (2, 0)), attention_mask=mask, generation_config=config,
+                                 synced_gpus=False)
+    finally:
+        model.generation_config = saved_config
     sampler_logits = torch.stack(sampled.logits, 1)  # [1, tokens written, V]
     written = sampler_logits.shape[1]
     logits = model(input_ids=sampled.sequences[:, 2:-1]).logits[:, -written:]
@@ -1425,9 +1434,9 @@ def sequences_that_fit(config, bytes_per_number: int, tokens: int, free: float) 
 def sampling_weights(model) -> Iterator[torch.nn.Module]:
     """Yield the model to sample from, in eval mode.
 
-    This is a bf16 copy of a plain model with --bf16, or a sharded model with its weights gathered once, so
-    that processes may write different numbers of tokens. FSDP2's hooks would run in every layer at every
-    token, so they are removed while the model samples.
+    A plain model with --bf16 is copied to bf16. A sharded model is gathered once, so that processes may write
+    different numbers of tokens. FSDP2's hooks would run in every layer at every token, so they are removed
+    while the model samples. Any other model is used as it is.
     """
     was_training = model.training
     modules = sharded_modules(model)
@@ -1481,7 +1490,7 @@ def microbatches(idx: Sequence[int], lengths: Sequence[int], max_tokens: int) ->
 
 
 def accumulate(model, batches: list[list[int]]) -> Iterator[list[int]]:
-    """Yield micro-batches whose gradients add up to one. A sharded model sums it over processes at the last.
+    """Yield the micro-batches of one optimizer step. Sharded models sum their gradient once, at the last one.
 
     FSDP2 would otherwise sum the gradient over the processes, and with --cpu_offload transfer it, after
     every micro-batch.
@@ -1951,8 +1960,13 @@ def truncate_log(path: Path, last_step: int) -> None:
     """Keep the rows of a log up to a step. Drop a last line that a kill cut off."""
     if not path.exists():
         return
-    rows = [row for location, row in read_jsonl(path, skip_unfinished=True)]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+    lines = []
+    for location, row in read_jsonl(path, skip_unfinished=True):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            refuse(f"{location}: not a row with a step; delete the line and resume again")
+        if row["step"] <= last_step:
+            lines.append(json.dumps(row) + "\n")
+    write_atomic(path, "".join(lines))
 
 
 def dashboard(name: str, folder: Path, config: dict) -> Callable[[int, dict], None]:
@@ -1961,7 +1975,11 @@ def dashboard(name: str, folder: Path, config: dict) -> Callable[[int, dict], No
         return lambda step, metrics: None
     if name == "wandb":
         import wandb
-        wandb.init(project="sgpo-tgpo", name=folder.name, dir=folder, config=config)
+        id_file = folder / "wandb_id"  # a resumed run continues its curves
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        wandb.init(project="sgpo-tgpo", name=folder.name, id=id_file.read_text(), resume="allow", dir=folder,
+                   config=config)
         return lambda step, metrics: wandb.log(metrics, step=step)
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(folder / "tensorboard")
@@ -2033,17 +2051,21 @@ def load_weights(model, folder: Path) -> None:
     own_adapters = adapters(model)
     expected = own_adapters or model.state_dict()
     weights = {}
+    problem = None
     if rank() == 0:
         try:
             if own_adapters:
                 weights = load_file(folder / "adapters.safetensors")
             else:
                 weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+            if shapes(weights) != shapes(expected):
+                problem = ("its weights do not fit this model; name the warmup/ folder of a run with the "
+                           "same --model and --lora_rank")
         except Exception as error:  # the libraries raise errors of many kinds
-            refuse(f"{folder}: no warm-up can be loaded from it ({first_line(error)})")
-        if shapes(weights) != shapes(expected):
-            refuse(f"{folder}: its weights do not fit this model; name the warmup/ folder of a run with the "
-                   "same --model and --lora_rank")
+            problem = f"no warm-up can be loaded from it ({first_line(error)})"
+    problem = from_first_process(lambda: problem)
+    if problem:
+        refuse(f"{folder}: {problem}")
     options = StateDictOptions(full_state_dict=True, strict=not own_adapters,
                                broadcast_from_rank0=dist.is_initialized())
     set_model_state_dict(model, weights, options=options)
@@ -2081,7 +2103,7 @@ def save_model(model, tokenizer, final: Path) -> None:
 def versions() -> dict[str, Any]:
     """Return package versions, device and commit for config.json."""
     here = Path(__file__).parent
-    # With a shell a machine without git gives an empty commit instead of an error.
+    # Run in a shell, so that a machine without git gives an empty commit instead of an error.
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
     packages = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "math-verify")}
     device = torch.cuda.get_device_name() if ON_GPU else "cpu"

@@ -1,7 +1,7 @@
 """SGPO (Strategy-Guided Policy Optimization): GRPO plus distillation from strategy-guided samples.
 
 What differs from grpo_baseline.py (equation numbers are those of the paper, arXiv 2606.24064; Eq. 1 is GRPO):
-  1. A second, guided group of samples sees a short strategy before the problem. GRPO leaves it out.
+  1. A second, guided group of samples sees a short strategy before the problem. GRPO skips it.
   2. Target (Eq. 4): of the correct guided samples, the one that is likeliest WITHOUT the strategy.
   3. Loss (Eq. 3, 5): on the target, forward KL from guided to unguided distribution, outlier tokens masked.
   4. Weight (Eq. 6, 7): alpha(q) is large if the strategy helps and the model alone fails.
@@ -285,7 +285,7 @@ def adaptive_weight(p_guided: Tensor, p_auto: Tensor, alpha0: float, gamma: floa
 def group_advantage_weight(rewards: Tensor, alpha_max: float) -> Tensor:
     """Return a correct target's advantage among the autonomous rewards [b, G], clipped: ablation of Eq. 6.
 
-    The target's reward is taken to be 1, as the math grader's is.
+    The target's reward is assumed to be 1, as with the math grader.
     """
     target_reward = torch.ones_like(rewards[:, :1])
     advantages = group_advantages(torch.cat([rewards, target_reward], 1))
@@ -785,7 +785,7 @@ def is_endpoint(args: Args) -> bool:
 
 def attach_strategies(train: list[dict], held_out: list[dict], path: Path, tokenizer, args: Args) -> None:
     """Attach the file's strategies to the training problems, and drop those that make a prompt too long."""
-    strategies = from_first_process(lambda: read_strategies(path))  # as only it writes the file
+    strategies = from_first_process(lambda: read_strategies(path))  # no other one writes it
     for problem in train:
         strategy = strategies.get(problem["problem"])
         if strategy and "strategy" not in problem:
@@ -1000,8 +1000,8 @@ def endpoint(args: Args) -> Ask:
     """Return a function that asks the model behind an OpenAI-compatible address.
 
     The openai package retries by itself. A prompt without an answer costs only its candidate. If no prompt of
-    a batch gets an answer, the program ends with the last error. A batch of fewer prompts than a problem has
-    candidates asks for scores, and may fail by chance.
+    a batch gets an answer, the program ends with the last error. A batch with fewer prompts than a
+    problem has candidates asks for scores. It may fail without ending the program.
     """
     import openai
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"

@@ -763,10 +763,11 @@ def main() -> None:
     run = Run(args)                                   # checks the directory, writes nothing yet
     reward = load_reward(args.reward)
     tokenizer = load_tokenizer(args.model)
-    data = load_data(args, tokenizer, reward)
     if args.teacher:
         teacher_tokenizer = load_tokenizer(args.teacher, "--teacher")
         check_vocabulary(tokenizer, teacher_tokenizer, args.teacher)
+    data = load_data(args, tokenizer, reward)
+    if args.teacher:
         check_teacher(args, tokenizer, teacher_tokenizer, data.train + data.warmup + data.held_out)
     memory = choose_memory(args)                      # may switch on checkpointing and offload
     run.print_plan(data, memory, f"{args.group_size}")

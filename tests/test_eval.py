@@ -395,7 +395,8 @@ def test_strategies(source, evaluate, fake_samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("row, message", [
     (None, "no such file"),
-    ({"problem": "Not in the benchmark", "strategy": "Useless."}, "no strategy for any problem of the benchmarks"),
+    ({"problem": "Not in the benchmark", "strategy": "Useless."},
+     "no strategy for any problem of the benchmarks"),
     ({"strategy": "Whose?"}, 's.jsonl, line 1: must be a JSON object with "problem" and "strategy"'),
 ])
 def test_strategies_that_are_refused(row, message, file, tmp_path, refused):

@@ -81,11 +81,24 @@ def test_other_models_are_accepted(kind, dtype):
     common.check_model(model, "--model m")
 
 
-@pytest.mark.parametrize("setting", ["num_beams", "num_return_sequences"])
-def test_the_checkpoints_way_of_generating_does_not_matter(setting):
+@pytest.mark.parametrize("setting, value", [("num_beams", 3), ("cache_implementation", "quantized")])
+def test_the_checkpoints_way_of_generating_does_not_matter(setting, value):
     model = small_model()
-    setattr(model.generation_config, setting, 3)
+    setattr(model.generation_config, setting, value)
     common.check_model(model, "--model m")
+
+
+def test_the_library_chooses_the_attention(tmp_path):
+    small_model("llama").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "attn_implementation": "eager"}))
+    assert common.load_model(str(tmp_path)).config._attn_implementation == "sdpa"
+
+
+def test_a_teacher_may_read_left_padding():
+    """It only reads, and its prompts are padded on the right."""
+    kind, settings = READS_PADDING[1]
+    common.check_model(small_model(kind, **settings), "--teacher t", samples=False)
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])

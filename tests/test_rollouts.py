@@ -289,7 +289,7 @@ def test_the_nucleus_of_a_small_vocabulary(top_p, kept):
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
 def test_the_sampler_reports_log_probs_and_the_mass_that_top_p_keeps(temperature, top_p, monkeypatch):
     """Against full logits of each sample alone, over several calls and batches."""
-    monkeypatch.setattr(common, "rows_that_fit", lambda *arguments: 16)
+    monkeypatch.setattr(common, "sequences_that_fit", lambda *arguments: 16)
     model = small_model()
     sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0, "top_p": top_p}
     samples = common.generate_in_pieces(model, PROMPTS, settings(**sampling), 1000)

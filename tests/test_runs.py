@@ -122,14 +122,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, train):
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
 
 
-def test_a_damaged_log_is_refused_with_its_line(train, capsys):
+@pytest.mark.parametrize("damaged, reason", [
+    ('{"step": 1, "rewa', "not JSON"),
+    ("{}", "not a row with a step"),
+])
+def test_a_damaged_log_is_refused_with_its_line(damaged, reason, train, capsys):
     run = train("grpo_baseline", "--steps", 2, "--save_every", 1)
     log = run / "metrics.jsonl"
     first, second = log.read_text().splitlines()
-    log.write_text(f"{first}\n{first[:40]}\n{second}\n")
+    log.write_text(f"{first}\n{damaged}\n{second}\n")
     train("grpo_baseline", "--steps", 3, "--save_every", 1, "--resume", code=2)
     error = capsys.readouterr().err
-    assert "metrics.jsonl, line 2: not JSON" in error
+    assert f"metrics.jsonl, line 2: {reason}" in error
     assert log.read_text().splitlines()[2] == second
 
 
