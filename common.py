@@ -1910,7 +1910,7 @@ class Run:
             self.lock.close()
         if step < self.args.steps:
             print(f"stopped after step {step} of {self.args.steps}; continue with "
-                  f"--resume --out {self.folder}")
+                  f"{self.folder}/config.json --resume --out {self.folder}")
             raise SystemExit(130)
         save_model(model, tokenizer, self.folder / "model")
         print(f"model: {self.folder / 'model'}; metrics, samples and checkpoints: {self.folder}")

@@ -211,7 +211,7 @@ def even(text, row):
     run = train("grpo_baseline", *flags, code=130)
     screen = capsys.readouterr()
     assert "Stopping after this step" in screen.err
-    assert f"stopped after step 1 of 3; continue with --resume --out {run}" in screen.out
+    assert f"stopped after step 1 of 3; continue with {run}/config.json --resume --out {run}" in screen.out
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     train("grpo_baseline", *flags, "--resume")
     assert_same_runs(run, whole)
