@@ -304,7 +304,8 @@ def parse_args(args_class: type) -> Any:
         argv = flags_of_file(argv[0]) + argv[1:]
     description = sys.modules[args_class.__module__].__doc__.split("\n\n")[0]
     parser = FlagParser(args_class, description=description, allow_abbrev=False)
-    given = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0]
+    without_help = [word for word in argv if word not in ("-h", "--help")]  # --help shows the demo's defaults
+    given, unknown = parser.parse_known_args(without_help)
     if "demo" in (given.model, getattr(given, "benchmarks", None)):
         parser.set_defaults(**demo_flags(args_class, getattr(given, "guidance", "none")))
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -861,7 +862,8 @@ def check_model(model, name: str, samples: bool = True) -> None:
         refuse(f"{name}: not supported, {type(model).__name__} changes its logits after lm_head")
     if not torch.allclose(train_logits, logits, tolerance, tolerance):
         refuse(f"{name}: not supported, {type(model).__name__} computes something else in train mode")
-    if padding_error > (0.1 if model.dtype == torch.float32 else 0.5):
+    most_padding_error = 0.1 if model.dtype == torch.float32 else 0.5
+    if padding_error > most_padding_error:
         refuse(f"{name}: not supported, {type(model).__name__} reads the padding on the left of a prompt")
 
 
@@ -2048,13 +2050,13 @@ def load_checkpoint(folder: Path, model, optimizer) -> None:
 
 def load_weights(model, folder: Path) -> None:
     """Load the weights of a warm-up, a Hugging Face directory, into an existing model."""
-    own_adapters = adapters(model)
-    expected = own_adapters or model.state_dict()
+    adapter_weights = adapters(model)
+    expected = adapter_weights or model.state_dict()
     weights = {}
     problem = None
     if rank() == 0:
         try:
-            if own_adapters:
+            if adapter_weights:
                 weights = load_file(folder / "adapters.safetensors")
             else:
                 weights = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
@@ -2066,12 +2068,13 @@ def load_weights(model, folder: Path) -> None:
     problem = from_first_process(lambda: problem)
     if problem:
         refuse(f"{folder}: {problem}")
-    options = StateDictOptions(full_state_dict=True, strict=not own_adapters,
+    options = StateDictOptions(full_state_dict=True, strict=not adapter_weights,
                                broadcast_from_rank0=dist.is_initialized())
     set_model_state_dict(model, weights, options=options)
 
 
 def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of every weight by its name."""
     return {name: weight.shape for name, weight in weights.items()}
 
 
@@ -2095,9 +2098,9 @@ def save_model(model, tokenizer, final: Path) -> None:
         if rank() == 0:
             model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            own_adapters = adapters(model)
-            if own_adapters:
-                save_file(own_adapters, folder / "adapters.safetensors")
+            adapter_weights = adapters(model)
+            if adapter_weights:
+                save_file(adapter_weights, folder / "adapters.safetensors")
 
 
 def versions() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """SGPO (Strategy-Guided Policy Optimization): GRPO plus distillation from strategy-guided samples.
 
 What differs from grpo_baseline.py (equation numbers are those of the paper, arXiv 2606.24064; Eq. 1 is GRPO):
-  1. A second, guided group of samples sees a short strategy before the problem. GRPO skips it.
+  1. A second, guided group of samples sees a short strategy before the problem. GRPO skips this group.
   2. Target (Eq. 4): of the correct guided samples, the one that is likeliest WITHOUT the strategy.
   3. Loss (Eq. 3, 5): on the target, forward KL from guided to unguided distribution, outlier tokens masked.
   4. Weight (Eq. 6, 7): alpha(q) is large if the strategy helps and the model alone fails.
@@ -383,7 +383,8 @@ def weigh_problems(rewards: Tensor, with_strategy: list[int], num_problems: int,
     for k, q in enumerate(with_strategy):
         has_strategy[q] = True
         first = num_auto + k * args.guided_group_size
-        correct[q] = [i for i in range(first, first + args.guided_group_size) if rewards[i] >= 0.5]
+        guided_samples = range(first, first + args.guided_group_size)
+        correct[q] = [i for i in guided_samples if rewards[i] >= 0.5]
     num_correct = torch.tensor([len(samples) for samples in correct])
     p_guided = num_correct / args.guided_group_size                        # [b]
     p_auto = (groups >= 0.5).float().mean(1)                               # [b]
@@ -566,12 +567,15 @@ def evaluate(model, tokenizer, problems: list[dict], reward, args: Args,
         return {}
     seed_everything(args.seed, "evaluation")  # every evaluation draws the same random numbers
     repeated = [problem for problem in my_share(problems) for _ in range(args.eval_samples)]
-    prompts = [build_prompt(tokenizer, problem["problem"], args.system_prompt,
-                            problem["strategy"] if guided else None) for problem in repeated]
+    prompts = []
+    for problem in repeated:
+        strategy = problem["strategy"] if guided else None
+        prompts.append(build_prompt(tokenizer, problem["problem"], args.system_prompt, strategy))
     ro = rollout(model, tokenizer, prompts, args.eval_temperature, args)
     correct = reward(ro.texts, repeated) >= 0.5
     num_correct, num_samples = sum_over_processes(correct.sum(), len(repeated))
-    return {"eval/accuracy_guided" if guided else "eval/accuracy": num_correct / num_samples}
+    name = "eval/accuracy_guided" if guided else "eval/accuracy"
+    return {name: num_correct / num_samples}
 
 
 def evaluate_both(model, tokenizer, problems: list[dict], reward, args: Args) -> dict[str, float]:

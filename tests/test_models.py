@@ -95,10 +95,12 @@ def test_the_library_chooses_the_attention(tmp_path):
     assert common.load_model(str(tmp_path)).config._attn_implementation == "sdpa"
 
 
-def test_a_teacher_may_read_left_padding():
-    """It only reads, and its prompts are padded on the right."""
+def test_a_teacher_may_read_left_padding(tmp_path, capsys):
+    """A teacher does not sample, and what it reads is padded on the right."""
     kind, settings = READS_PADDING[1]
-    common.check_model(small_model(kind, **settings), "--teacher t", samples=False)
+    small_model(kind, **settings).save_pretrained(tmp_path)
+    common.load_model(str(tmp_path), "--teacher")
+    assert "reads the padding on the left" in refusal(capsys, common.load_model, str(tmp_path), "--model")
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
