@@ -7,6 +7,7 @@ import types
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import sgpo
 from conftest import read_jsonl, small_model, small_tokenizer, write_jsonl
@@ -363,3 +364,26 @@ def test_guided_samples_are_sampled_with_the_strategy_and_scored_without(train, 
         assert scored[k] == scored[3 * problem]
         assert "Strategy:\nType: sum." in tokenizer.decode(sampled[k])
         assert "Type: sum." not in tokenizer.decode(scored[k])
+
+
+def test_the_guided_evaluation_sees_the_strategy_and_the_other_does_not(monkeypatch):
+    tokenizer = small_tokenizer()
+    asked = []
+
+    def rollout(model, tokenizer, prompts, temperature, args):
+        asked.append([tokenizer.decode(prompt) for prompt in prompts])
+        return SimpleNamespace(texts=["right" if len(asked) == 2 else "wrong"] * len(prompts))
+
+    def reward(texts, problems):
+        return torch.tensor([float(text == "right") for text in texts])
+
+    monkeypatch.setattr(sgpo, "rollout", rollout)
+    problems = [{"problem": "p", "strategy": "Double it."}, {"problem": "q", "strategy": "Halve it."}]
+    metrics = sgpo.evaluate_both(None, tokenizer, problems, reward, sgpo.Args(eval_samples=1))
+    unguided, guided = asked
+    assert "Double" not in unguided[0]
+    assert "Double it." in guided[0]
+    assert "Halve it." in guided[1]
+    assert metrics == {"eval/accuracy": 0.0, "eval/accuracy_guided": 1.0}
+    problems[0].pop("strategy")
+    assert "eval/accuracy_guided" not in sgpo.evaluate_both(None, tokenizer, problems, reward, sgpo.Args())
